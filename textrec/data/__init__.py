@@ -1,0 +1,1 @@
+"""From publishers' files to histories: sources, filters, splits, catalogues, batches. Knows no model."""

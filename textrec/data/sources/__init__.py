@@ -1,0 +1,1 @@
+"""One module per publisher's format; each yields the canonical interaction table and an item table."""

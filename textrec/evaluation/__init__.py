@@ -1,0 +1,1 @@
+"""Ranks, metrics and significance. Knows neither models nor data sources."""

@@ -1,0 +1,1 @@
+"""Claims, records, runs, tables, figures and the report."""

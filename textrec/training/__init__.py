@@ -1,0 +1,1 @@
+"""Losses, loops and checkpoints: the place where models, data and evaluation meet."""
