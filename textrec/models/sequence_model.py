@@ -1,0 +1,141 @@
+"""What every model that reads a history of item ids shares: the padding-free layout, scoring, saving, recommending.
+
+Linear layers, norms and losses see only the T real positions of a batch; a padded (B, L) block exists inside attention
+alone. `Layout` holds the map between the two. Shape suffixes: see `textrec.schema`.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from textrec.schema import PADDING_ID, InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each real position of a batch sits in its row once padding (left, right or between) is squeezed out."""
+
+    rows_T: Tensor
+    columns_T: Tensor
+    lengths_B: Tensor
+    max_length: int
+    slots_T: Tensor  # rows_T * max_length + columns_T
+
+    @classmethod
+    def of(cls, real_BL: Tensor) -> "Layout":
+        """Build the layout from a mask of real positions."""
+        lengths_B = real_BL.sum(1)
+        max_length = max(int(lengths_B.max()), 1) if len(lengths_B) else 1
+        columns_T = (real_BL.cumsum(1) - 1)[real_BL]
+        rows_T = torch.arange(len(real_BL), device=real_BL.device).repeat_interleave(lengths_B)
+        return cls(rows_T, columns_T, lengths_B, max_length, rows_T * max_length + columns_T)
+
+    def pad(self, packed_TD: Tensor) -> Tensor:
+        """Spread packed rows into a left-aligned block (B, L, D), zeros behind each row's end."""
+        block = packed_TD.new_zeros(len(self.lengths_B) * self.max_length, packed_TD.shape[1])
+        return block.index_copy(0, self.slots_T, packed_TD).view(len(self.lengths_B), self.max_length, -1)
+
+    def pack(self, block_BLD: Tensor) -> Tensor:
+        """Take the real positions of a left-aligned block back out: (B, L, D) -> (T, D)."""
+        return block_BLD.reshape(-1, block_BLD.shape[-1]).index_select(0, self.slots_T)
+
+    def last(self, packed_TD: Tensor) -> Tensor:
+        """Return each row's newest state (B, D); an empty row gives zeros."""
+        ends_B = self.lengths_B.cumsum(0) - 1
+        states_BD = packed_TD.new_zeros(len(ends_B), packed_TD.shape[1])
+        filled_B = self.lengths_B > 0
+        states_BD[filled_B] = packed_TD[ends_B[filled_B]]
+        return states_BD
+
+
+class SequenceModel(nn.Module):
+    """Base of all sequence models. A subclass names its `config_class` and writes `forward` and `item_vectors`."""
+
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def forward(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
+        """Return the states (T, D) of the real positions (`items_BL != 0`), row by row; padding may be on either side."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def item_vectors(self) -> Tensor:
+        """Return the output table (num_items + 1, D) whose row 0 is padding and never ranked."""
+        raise TypeError(f"{type(self).__name__} does not define item_vectors")
+
+    def encode(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
+        """Return the user vectors (B, D): the state after the newest item."""
+        return Layout.of(items_BL != PADDING_ID).last(self(items_BL, times_BL))
+
+    def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
+        """Return the scores (B, I) of items for users: inner products."""
+        return user_vectors_BD @ item_vectors_ID.T
+
+    @torch.no_grad()
+    def recommend(self, history: Sequence[int], k: int, filter_seen: bool = True) -> list[tuple[int, float]]:
+        """Return the `k` best (item id, score) pairs after a history of item ids, oldest first."""
+        unknown = [item for item in history if not 1 <= item <= self.config.num_items]
+        if unknown:
+            raise InputError(f"history holds item id {unknown[0]}: expected ids from 1 to {self.config.num_items}")
+        if not 1 <= k <= self.config.num_items:
+            raise InputError(f"k={k}: expected a number from 1 to num_items={self.config.num_items}")
+        was_training = self.training
+        self.eval()
+        item_vectors = self.item_vectors()
+        items_1L = torch.tensor([list(history)], dtype=torch.long, device=item_vectors.device).view(1, -1)
+        scores_I = self.scores(self.encode(items_1L), item_vectors)[0]
+        self.train(was_training)
+        scores_I[PADDING_ID] = -torch.inf
+        if filter_seen:
+            scores_I[items_1L[0]] = -torch.inf
+        best = scores_I.topk(k)
+        return [(int(i), float(s)) for i, s in zip(best.indices, best.values, strict=True) if s > -torch.inf]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+        from safetensors.torch import save_model
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": type(self).__name__, **asdict(self.config)}
+        partial = folder / f"config.json.partial-{os.getpid()}"
+        partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        weights = folder / f"model.safetensors.partial-{os.getpid()}"
+        save_model(self, str(weights))
+        os.replace(weights, folder / "model.safetensors")
+        os.replace(partial, folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "SequenceModel":
+        """Load what `save_pretrained` wrote; called on `SequenceModel` it finds the class by `model_type`."""
+        from safetensors.torch import load_model
+
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} holds no saved model: {name} is missing")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = {each.__name__: each for each in _subclasses(SequenceModel)}
+        model_type = config.pop("model_type", None)
+        if model_type not in known:
+            raise InputError(f"{folder / 'config.json'}: model_type {model_type!r} is unknown; expected one of {sorted(known)}")
+        if not issubclass(known[model_type], cls):
+            raise InputError(f"{folder} holds a {model_type}, not a {cls.__name__}")
+        model = known[model_type](known[model_type].config_class(**config))
+        load_model(model, str(folder / "model.safetensors"))
+        return model.eval()
+
+
+def _subclasses(cls: type) -> list[type]:
+    from textrec.models import bert4rec, gru4rec, sasrec  # noqa: F401 - a class is found once its module is imported
+
+    found = cls.__subclasses__()
+    return found + [deeper for each in found for deeper in each.__subclasses__()]
