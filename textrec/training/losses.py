@@ -1,0 +1,128 @@
+"""Losses as pure functions of tensors; each returns the SUM over the T target positions, so that a caller can divide by
+the number of positions of all processes.
+
+`hidden_TD` are states, `items_ID` the output table with padding row 0, `targets_T` item ids (>= 1). Sampled losses take
+`negatives` of shape (N,), shared by all positions, or (T, N). Shape suffixes: see `textrec.schema`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_NUMBERS = 1 << 21  # scores held at once by the blocked functions: 8 MiB in fp32, so that they stay in cache
+
+
+def full_softmax(hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tensor:
+    """Cross-entropy over the whole catalogue (llama_hstu section 5.4: the padding class is left out).
+
+    Scores are made, used and overwritten block by block, the gradient with them: memory does not grow with T x I.
+    """
+    return _FullSoftmax.apply(hidden_TD, items_ID[1:], targets_T - 1)
+
+
+class _FullSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tensor:
+        needs_gradient = any(ctx.needs_input_grad)
+        grad_hidden_TD, grad_items_ID = torch.empty_like(hidden_TD), torch.zeros_like(items_ID)
+        total = hidden_TD.new_zeros(())
+        step = max(BLOCK_NUMBERS // len(items_ID), 64)
+        buffer = hidden_TD.new_empty(min(step, max(len(hidden_TD), 1)), len(items_ID))
+        for start in range(0, len(hidden_TD), step):
+            hidden_CD, targets_C1 = hidden_TD[start : start + step], targets_T[start : start + step, None]
+            scores_CI = torch.mm(hidden_CD, items_ID.T, out=buffer[: len(hidden_CD)])
+            scores_CI -= scores_CI.amax(1, keepdim=True)
+            total -= scores_CI.gather(1, targets_C1).sum()
+            sums_C1 = scores_CI.exp_().sum(1, keepdim=True)
+            total += sums_C1.log().sum()
+            if needs_gradient:
+                scores_CI /= sums_C1
+                scores_CI.scatter_add_(1, targets_C1, scores_CI.new_full(targets_C1.shape, -1.0))
+                torch.mm(scores_CI, items_ID, out=grad_hidden_TD[start : start + step])
+                grad_items_ID.addmm_(scores_CI.T, hidden_CD)
+        ctx.save_for_backward(grad_hidden_TD, grad_items_ID)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_hidden_TD, grad_items_ID = ctx.saved_tensors
+        return grad_hidden_TD * grad, grad_items_ID * grad, None
+
+
+def sampled_softmax(
+    hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, negatives: Tensor, log_probability_I: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of the target against sampled negatives; a negative equal to the target is masked.
+
+    `log_probability_I` (I,) is the log of the expected count of each item among the negatives: its subtraction from
+    every score (the logQ correction) makes the estimate of the full softmax consistent.
+    """
+    if negatives.dim() == 1:
+        targets_T1 = targets_T[:, None]
+        target_T1 = (hidden_TD * F.embedding(targets_T, items_ID)).sum(1, keepdim=True)
+        scores_TN = hidden_TD @ F.embedding(negatives, items_ID).T
+    else:
+        targets_T1 = targets_T[:, None]
+        picked = picked_scores(hidden_TD, items_ID, torch.cat([targets_T1, negatives], 1))
+        target_T1, scores_TN = picked[:, :1], picked[:, 1:]
+    if log_probability_I is not None:
+        target_T1 = target_T1 - log_probability_I[targets_T1]
+        scores_TN = scores_TN - log_probability_I[negatives]
+    scores_TN = scores_TN.masked_fill(negatives == targets_T1, -torch.inf)
+    return (torch.cat([target_T1, scores_TN], 1).logsumexp(1) - target_T1[:, 0]).sum()
+
+
+def gbce(
+    hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, negatives_TN: Tensor, calibration: float = 0.0
+) -> Tensor:
+    """Generalised binary cross-entropy (gSASRec, Petrov & Macdonald 2023), the mean over the N + 1 terms of a position.
+
+    With sampling rate a = N / (I - 1) the target's term is weighted by b = 1 - t (1 - a), `calibration` t; t = 0 is plain
+    binary cross-entropy. b * softplus(-s) is exact where the published transform saturates.
+    """
+    num_negatives, num_items = negatives_TN.shape[1], len(items_ID) - 1
+    weight = 1.0 - calibration * (1.0 - num_negatives / (num_items - 1))
+    picked = picked_scores(hidden_TD, items_ID, torch.cat([targets_T[:, None], negatives_TN], 1))
+    return (weight * F.softplus(-picked[:, 0]) + F.softplus(picked[:, 1:]).sum(1)).sum() / (num_negatives + 1)
+
+
+def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
+    """Return the scores (T, N) of chosen items. Many picks of a small catalogue go through the full product in blocks:
+    reading N rows per position from memory costs more than multiplying with all of them once."""
+    if picks_TN.shape[1] * 16 < len(items_ID):
+        return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
+    return _PickedScores.apply(hidden_TD, items_ID, picks_TN)
+
+
+class _PickedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, items_ID, picks_TN)
+        step = max(BLOCK_NUMBERS // len(items_ID), 64)
+        picked_TN = hidden_TD.new_empty(picks_TN.shape)
+        for start in range(0, len(hidden_TD), step):
+            rows = slice(start, start + step)
+            torch.gather(hidden_TD[rows] @ items_ID.T, 1, picks_TN[rows], out=picked_TN[rows])
+        return picked_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TN: Tensor):
+        hidden_TD, items_ID, picks_TN = ctx.saved_tensors
+        grad_hidden_TD, grad_items_ID = torch.empty_like(hidden_TD), torch.zeros_like(items_ID)
+        step = max(BLOCK_NUMBERS // len(items_ID), 64)
+        for start in range(0, len(hidden_TD), step):
+            rows = slice(start, start + step)
+            spread_CI = hidden_TD.new_zeros(len(hidden_TD[rows]), len(items_ID)).scatter_add_(1, picks_TN[rows], grad_TN[rows])
+            torch.mm(spread_CI, items_ID, out=grad_hidden_TD[rows])
+            grad_items_ID.addmm_(spread_CI.T, hidden_TD[rows])
+        return grad_hidden_TD, grad_items_ID, None
+
+
+def uniform_log_probability(num_items: int, num_negatives: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the log expected count (num_items + 1,) of an item among `num_negatives` uniform draws."""
+    return torch.full((num_items + 1,), math.log(num_negatives / num_items), device=device)
