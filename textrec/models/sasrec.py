@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from textrec.models.sequence_model import Layout, SequenceModel
+from textrec.models.sequence_model import Layout, SequenceModel, newest
 from textrec.schema import PADDING_ID
 
 
@@ -178,7 +178,7 @@ class SASRec(SequenceModel):
         return table.weight if self.config.temperature is None else F.normalize(table.weight, dim=-1, eps=1e-6)
 
     def forward(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
-        items_BL = _newest(items_BL, self.config.max_sequence_length)
+        items_BL = newest(items_BL, self.config.max_sequence_length)
         real_BL = items_BL != PADDING_ID
         if self.config.attend_padding:
             items_BL = _left_padded(items_BL, real_BL, self.config.max_sequence_length)
@@ -210,15 +210,6 @@ class SASRec(SequenceModel):
             positions_T = self.config.max_sequence_length - layout.lengths_B[layout.rows_T] + layout.columns_T + 1
         x_TD = self.dropout(self.item_table(items_T) * scale + self.position_table(positions_T))
         return x_TD * (items_T != PADDING_ID)[:, None] if self.config.attend_padding else x_TD
-
-
-def _newest(items_BL: Tensor, max_length: int) -> Tensor:
-    """Keep each row's newest `max_length` real items, wherever its padding is."""
-    real_BL = items_BL != PADDING_ID
-    if items_BL.shape[1] <= max_length:
-        return items_BL
-    from_end_BL = real_BL.flip(1).cumsum(1).flip(1)  # the newest real item counts 1
-    return items_BL * (real_BL & (from_end_BL <= max_length))
 
 
 def _left_padded(items_BL: Tensor, real_BL: Tensor, length: int) -> Tensor:

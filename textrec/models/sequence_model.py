@@ -64,7 +64,10 @@ class SequenceModel(nn.Module):
         self.config = config
 
     def forward(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
-        """Return the states (T, D) of the real positions (`items_BL != 0`), row by row; padding may be on either side."""
+        """Return the states (T, D) of the real positions (`items_BL != 0`), row by row; padding may be on either side.
+
+        Of a history longer than `max_sequence_length` the newest items alone are read and have states.
+        """
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def item_vectors(self) -> Tensor:
@@ -73,6 +76,7 @@ class SequenceModel(nn.Module):
 
     def encode(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
         """Return the user vectors (B, D): the state after the newest item."""
+        items_BL = newest(items_BL, self.config.max_sequence_length)
         return Layout.of(items_BL != PADDING_ID).last(self(items_BL, times_BL))
 
     def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
@@ -132,6 +136,14 @@ class SequenceModel(nn.Module):
         model = known[model_type](known[model_type].config_class(**config))
         load_model(model, str(folder / "model.safetensors"))
         return model.eval()
+
+
+def newest(items_BL: Tensor, max_length: int) -> Tensor:
+    """Replace all but each row's newest `max_length` real items by padding, wherever its padding is."""
+    if items_BL.shape[1] <= max_length:
+        return items_BL
+    from_end_BL = (items_BL != PADDING_ID).flip(1).cumsum(1).flip(1)  # the newest real item counts 1
+    return items_BL * (from_end_BL <= max_length)
 
 
 def _subclasses(cls: type) -> list[type]:
