@@ -1,0 +1,82 @@
+"""The item table: external ids in, internal ids and clean text columns out. The raw files are never changed."""
+
+import html
+import re
+
+from textrec.data.sources.frames import quoted
+from textrec.schema import InputError
+
+DROPPED_BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->|<[a-zA-Z]+(?:\s+[\w-]+=\"[^\"]*\"?)+\s*$", re.DOTALL)
+SPACE = re.compile(r"\s+")
+
+
+def clean_text(text: str | None) -> str:
+    """Return `text` without tags, with entities resolved and white space collapsed.
+
+    Entities are resolved twice because publishers escape already escaped text (`&amp;quot;`); tags go before and
+    after, as `&lt;br&gt;` is a tag, too. A tag that the publisher cut off at the end of the field goes as well.
+    """
+    text = text or ""
+    if "<" in text or "&" in text:
+        text = html.unescape(html.unescape(_without_tags(text)))
+        text = _without_tags(text)
+    return SPACE.sub(" ", text).strip()
+
+
+def _without_tags(text: str) -> str:
+    return TAG.sub(" ", DROPPED_BLOCK.sub(" ", text))
+
+
+def build_catalogue(connection, items_query: str | None, duplicate_items: str, unknown_items: str) -> dict:
+    """Create the table `catalogue` (item, title, text columns) in the order of the table `kept_items`; return counts.
+
+    `kept_items` has the columns `item` (external id) and `number` (internal id from 1). Lists become one text joined by
+    ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
+    """
+    if items_query is None:
+        connection.execute("CREATE TABLE catalogue AS SELECT number, item, '' AS title FROM kept_items ORDER BY number")
+        return {"listed": 0, "duplicate_rows": 0, "without_row": _count(connection, "kept_items"), "without_title": _count(connection, "kept_items")}
+    connection.execute(f"""CREATE TABLE listed AS SELECT row_number() OVER () AS row, source.* REPLACE (CAST(item AS VARCHAR) AS item)
+        FROM ({items_query}) AS source""")
+    listed, distinct = connection.execute("SELECT count(*), count(DISTINCT item) FROM listed").fetchall()[0]
+    if duplicate_items == "refuse" and listed > distinct:
+        repeated = connection.execute("SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(row) LIMIT 1").fetchall()[0][0]
+        raise InputError(f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge its rows")
+    _clean_columns(connection)
+    counts = {
+        "listed": listed,
+        "duplicate_rows": listed - distinct,
+        "without_row": _count(connection, "kept_items WHERE item NOT IN (SELECT item FROM listed)"),
+        "without_title": _count(connection, "catalogue WHERE title = ''"),
+    }
+    if unknown_items == "refuse" and counts["without_row"]:
+        item = connection.execute("SELECT item FROM kept_items WHERE item NOT IN (SELECT item FROM listed) ORDER BY number LIMIT 1").fetchall()[0][0]
+        raise InputError(f"{counts['without_row']} items of the interactions have no row in the item table, first {item!r}: choose unknown_items 'keep' to give them an empty title")
+    return counts
+
+
+def _clean_columns(connection) -> None:
+    connection.create_function("clean_text", clean_text, ["VARCHAR"], "VARCHAR", null_handling="special")
+    names = [row[0] for row in connection.execute("DESCRIBE listed").fetchall() if row[0] not in ("row", "item")]
+    cleaned = ", ".join(f"clean_text({text_of(quoted(name))}) AS {quoted(name)}" for name in names)
+    connection.execute(f"CREATE TABLE cleaned AS SELECT row, item, {cleaned} FROM listed SEMI JOIN kept_items USING (item)")
+    merged = ", ".join(
+        f"coalesce(arg_min({quoted(name)}, row) FILTER (WHERE {quoted(name)} <> ''), '') AS {quoted(name)}" for name in names
+    )
+    filled = ", ".join(f"coalesce({quoted(name)}, '') AS {quoted(name)}" for name in names)
+    connection.execute(f"""CREATE TABLE catalogue AS SELECT number, item, {filled} FROM kept_items
+        LEFT JOIN (SELECT item, {merged} FROM cleaned GROUP BY item) USING (item) ORDER BY number""")
+
+
+def text_of(column: str) -> str:
+    """Return the SQL that turns any value into text: lists (nested or not) are joined by ", ", NULL becomes empty."""
+    value = f"to_json({column})"
+    return f"""CASE json_type({value}) WHEN 'NULL' THEN '' WHEN 'VARCHAR' THEN {value}->>'$'
+        WHEN 'ARRAY' THEN array_to_string(list_filter(CASE WHEN json_type({value}, '$[0]') = 'ARRAY'
+            THEN json_extract_string({value}, '$[*][*]') ELSE json_extract_string({value}, '$[*]') END, lambda x: x <> ''), ', ')
+        ELSE CAST({value} AS VARCHAR) END"""
+
+
+def _count(connection, relation: str) -> int:
+    return connection.execute(f"SELECT count(*) FROM {relation}").fetchall()[0][0]

@@ -1,0 +1,103 @@
+"""Bring your own two files: interactions and, optionally, items as TSV, CSV, JSON lines or Parquet, gzipped or not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from textrec.data.sources import Tables
+from textrec.schema import Column, InputError
+
+ALIASES = {
+    Column.user: ("user_id", "user"),
+    Column.item: ("item_id", "item"),
+    Column.time: ("timestamp", "time"),
+    Column.rating: ("rating",),
+}
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+DELIMITERS = {".tsv": "\\t", ".txt": "\\t", ".csv": ","}
+
+
+def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | None = None) -> Tables:
+    """Read `files["interactions"]` and, where given, `files["items"]`.
+
+    `columns` maps a canonical name (user, item, time, rating, title) to the name used in the files; without it user_id,
+    item_id, timestamp and rating (or the canonical names) are looked for. Without a time column the order of a user's
+    rows is the time order. Every other column of the item file is kept as text.
+    """
+    columns = dict(columns or {})
+    unknown = set(columns) - {Column.user, Column.item, Column.time, Column.rating, Column.title}
+    if unknown:
+        raise InputError(
+            f"columns names {sorted(unknown)[0]!r}, which is none of user, item, time, rating, title"
+        )
+    path = files["interactions"]
+    relation = scan(path)
+    names = column_names(connection, relation, path)
+    chosen = {name: _find(name, names, columns, path) for name in ALIASES}
+    selected = ", ".join(f"{_value(path, found)} AS {name}" for name, found in chosen.items() if found)
+    items = _item_query(connection, files["items"], columns) if "items" in files else None
+    header = suffix_of(path) in DELIMITERS
+    return Tables(interactions=f"SELECT {selected} FROM {relation}", items=items, first_line=2 if header else 1)
+
+
+def scan(path: Path) -> str:
+    """Return the DuckDB table function that reads `path`, chosen by its suffix; every value is text, typed later."""
+    suffix = suffix_of(path)
+    if suffix in DELIMITERS:
+        quote = '"' if suffix == ".csv" else ""
+        return (
+            f"read_csv({literal(path)}, delim='{DELIMITERS[suffix]}', header=true, all_varchar=true, "
+            f"quote='{quote}', escape='{quote}', strict_mode=true, null_padding=false)"
+        )
+    if suffix in JSON_SUFFIXES:
+        return f"read_json({literal(path)}, format='newline_delimited', maximum_depth=1, sample_size=-1)"
+    if suffix == ".parquet":
+        return f"read_parquet({literal(path)})"
+    raise InputError(f"{path} has the suffix {suffix!r}; expected .tsv, .csv, .jsonl or .parquet, optionally with .gz")
+
+
+def column_names(connection, relation: str, path: Path) -> list[str]:
+    """Return the column names of a scanned file."""
+    return [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()]
+
+
+def _item_query(connection, path: Path, columns: Mapping[str, str]) -> str:
+    relation = scan(path)
+    names = column_names(connection, relation, path)
+    item = _find(Column.item, names, columns, path)
+    title = columns.get(Column.title, Column.title)
+    if title not in names:
+        raise InputError(f"{path} has no column {title!r} for the title; its columns are {', '.join(names)}")
+    others = [name for name in names if name not in (item, title)]
+    selected = [f"{_value(path, item)} AS item", f"{quoted(title)} AS title", *map(quoted, others)]
+    return f"SELECT {', '.join(selected)} FROM {relation}"
+
+
+def _find(name: str, names: list[str], columns: Mapping[str, str], path: Path) -> str | None:
+    wanted = [columns[name]] if name in columns else ALIASES[name]
+    for candidate in wanted:
+        if candidate in names:
+            return candidate
+    if name in columns or name in (Column.user, Column.item):
+        raise InputError(f"{path} has no column {wanted[0]!r} for the {name}; its columns are {', '.join(names)}")
+    return None
+
+
+def _value(path: Path, name: str) -> str:
+    """A value without the quotes that JSON text carries."""
+    return f"{quoted(name)}->>'$'" if suffix_of(path) in JSON_SUFFIXES else quoted(name)
+
+
+def suffix_of(path: Path) -> str:
+    """Return the lower-case suffix that names the format, with .gz taken off."""
+    path = Path(path)
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
+def quoted(name: str) -> str:
+    """Return `name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(value: object) -> str:
+    """Return `value` as an SQL string."""
+    return "'" + str(value).replace("'", "''") + "'"
