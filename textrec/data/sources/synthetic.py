@@ -2,7 +2,7 @@
 
 Every next item is drawn from a known mixture over the items (with `repeats=False`: over those the user has not had):
 
-    order_strength  the successor of the last item (order 2: which successor depends on the item before it)
+    order_strength  the successor of the last item (order 2: of the last two items)
     text_strength   a uniform item of the last item's cluster; brand, title and category tell the cluster
     time_strength   a uniform item of the group that belongs to the bucket of an elapsed time
     the rest        a uniform item
@@ -12,7 +12,7 @@ in the proportion text : text + rest, else any. So the true p(next | history, te
 exact enumeration over it for the users at hand, not a simulation. The unlearnable twin draws uniformly from the items
 the user has not had: no reader can beat `recall@k = k / candidates` with seen items filtered.
 
-Shapes: U users · I items (column j is item j + 1) · L longest history · E interactions · K successor tables.
+Shapes: U users · I items (column j is item j + 1) · L longest history · E interactions · K rows of the successor table.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,8 @@ from textrec.schema import InputError
 from textrec.seeding import generator
 
 KS = (1, 5, 10, 20, 50, 100)
-ORDER_2_TABLES = 5  # the item before last chooses one of so many successor tables
 FIRST_TIME = 1_420_070_400  # 2015-01-01
 ENUMERATION_CELLS = 2**22  # comparisons held at once while ranks are counted
-COVERAGE_DRAWS = 20  # targets are redrawn so often for every cold item to be somebody's; 1 in 25 seeds needs it once
 ADJECTIVES = tuple('amber|small|foldable|crème|matte|12-inch|"classic"|heavy, lined|soft & light|plain'.split("|"))
 THEMES = {  # category: nouns; a cluster is a brand within one theme
     "Coffee & Tea": ("kettle", "grinder", "espresso cup", "filter", "teapot", "milk frother"),
@@ -107,8 +105,7 @@ class Truth:
     cluster_I: np.ndarray
     cold_I: np.ndarray
     time_group_I: np.ndarray
-    table_I: np.ndarray  # which successor table an item selects when it is the item before last
-    successor_KI: np.ndarray
+    successor_KI: np.ndarray  # order 1: one row; order 2: row k holds the successors of items that item k precedes
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,8 @@ class SyntheticSet:
         Readers: `full` knows all; `text_blind` cannot tell cold items apart; `time_blind` does not see times; `id` is
         time-blind and ranks cold items last, the best an ID model can do; `chance` scores everything alike.
         Rankings: `kept` (all candidates), `filtered` (seen items removed, the target never), `cold` (filtered, given
-        that the target is cold). All `num_items` are candidates, so a prepared set compares where it has as many: items
-        nobody has are in no catalogue. Score ties count with their expected rank. The best order for `filtered` is
+        that the target is cold). All `num_items` are candidates: compare with a set prepared with `catalogue="all"`, where
+        items that nobody has are candidates, too. Score ties count with their expected rank. The best order for `filtered` is
         exact where no item repeats; with repeats it is the level of the reader that scores by the true probability.
         """
         full_UI, cold_I = self.probabilities_UI, self.truth.cold_I
@@ -233,10 +230,7 @@ def generate(config: SyntheticConfig) -> SyntheticSet:
         items_UL[:, step] = _draw(next_probabilities(config, truth, state), random)
     state = _state(config, items_UL, buckets_UL, targets_at, seen_UI)
     probabilities_UI = test_probabilities(config, truth, state)
-    for _ in range(COVERAGE_DRAWS):
-        items_UL[users_U, targets_at] = targets_U = _draw(probabilities_UI, random)
-        if np.isin(np.flatnonzero(truth.cold_I), targets_U).all():
-            break
+    items_UL[users_U, targets_at] = _draw(probabilities_UI, random)
 
     real_UL = np.arange(config.max_length) < lengths_U[:, None]
     offsets_U1 = np.concatenate([[0], lengths_U.cumsum()])
@@ -252,7 +246,7 @@ def next_probabilities(config: SyntheticConfig, truth: Truth, state: State) -> n
         same_group_UI = (state.bucket_U[:, None] == truth.time_group_I) & warm_I
         planted_UI *= 1 - config.order_strength - config.text_strength - config.time_strength
         planted_UI += config.text_strength * _uniform(same_cluster_UI) + config.time_strength * _uniform(same_group_UI)
-        successor_U = truth.successor_KI[truth.table_I[state.before_U], state.last_U]
+        successor_U = truth.successor_KI[state.before_U if config.order == 2 else 0, state.last_U]
         planted_UI[np.arange(len(successor_U)), successor_U] += config.order_strength
     if config.repeats:
         return planted_UI
@@ -327,13 +321,12 @@ def _plant(config: SyntheticConfig, random: np.random.Generator) -> Truth:
     cold_I = shuffled_I < config.num_cold_items
     cluster_I = shuffled_I % config.num_clusters
     warm = np.flatnonzero(~cold_I)
-    num_tables = 1 if config.order == 1 else ORDER_2_TABLES
-    successor_KI = np.zeros((num_tables, config.num_items), dtype=np.int64)
-    for table in successor_KI:
+    successor_KI = np.zeros((1 if config.order == 1 else config.num_items, config.num_items), dtype=np.int64)
+    for successor_I in successor_KI:
         cycle = random.permutation(warm)  # one cycle through all warm items: no item follows itself
-        table[cycle] = np.roll(cycle, -1)
+        successor_I[cycle] = np.roll(cycle, -1)
     time_group_I = random.permutation(config.num_items) % config.num_time_buckets
-    return Truth(cluster_I, cold_I, time_group_I, random.permutation(config.num_items) % num_tables, successor_KI)
+    return Truth(cluster_I, cold_I, time_group_I, successor_KI)
 
 
 def _state(config, items_UL, buckets_UL, step_U, seen_UI) -> State:
