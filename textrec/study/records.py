@@ -1,0 +1,295 @@
+"""record.json: what one execution of a notebook measured, on which data, with which code, at which cost.
+
+One record per notebook, variant (mostly a data set) and seed. Everything that tables, verdicts and the report say is
+read from records; a run that failed or ran out of memory is a record, too. Timings stand under `cost` and `environment`
+only, so that the rest of two records of the same run is equal to the bit.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from textrec.data.prepared import PreparedSet
+from textrec.data.splitting import training_counts
+from textrec.paths import ROOT, RUNS
+from textrec.provenance import commit_state
+from textrec.schema import InputError
+from textrec.study.parameters import SCALES
+
+STATUSES = ("ok", "failed", "out_of_memory", "not_attempted")
+METRIC = re.compile(r"(recall|ndcg|coverage|novelty|popularity_lift)@[1-9]\d*|mrr|auc")
+STATISTICS = {"users", "items", "interactions", "mean_length", "median_length", "density", "tied_share", "target_churn"}
+ROW_KEYS = ("row", "changed", "parameters", "metrics", "slices", "cost")
+SOURCES = ("textrec", "notebooks", "papermill_runs/parameters", "pyproject.toml", "constraints.txt")
+PACKAGES = ("numpy", "torch", "lightning", "transformers", "pandas", "duckdb", "pyarrow", "papermill")
+RARE = 5  # training occurrences that a rare item has at most
+MAIN_KS, SLICE_KS = (1, 5, 10, 20, 50, 100), (10,)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def require_clean(scale: str, dirty: bool) -> None:
+    """Refuse a run whose numbers may be published from code that nobody can look up."""
+    if dirty and scale != "smoke":
+        raise InputError(f"scale {scale} runs committed code only, so that its record names it: "
+                         f"commit or revert the changes in {', '.join(SOURCES)}")
+
+
+def source_state() -> tuple[str, bool]:
+    """Return the commit and whether what decides a result differs from it."""
+    return commit_state(ROOT / name for name in SOURCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The common block of a notebook, checked; remembers the commit that was checked out when the run began."""
+
+    scale: str
+    dataset: str
+    seed: int
+    device: str
+    run_dir: str  # <anything>/<NN>[-variant]/seed<k>, absolute or from the project's root
+    state: tuple[str, bool] = field(default_factory=source_state, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise InputError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
+        if not re.fullmatch(rf".*[/\\]?\d\d(-[\w.-]+)?[/\\]seed{self.seed}", self.run_dir):
+            raise InputError(f"run_dir is {self.run_dir}; expected it to end in <NN>[-variant]/seed{self.seed}")
+        require_clean(self.scale, self.state[1])
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.run_dir
+
+    @property
+    def label(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def notebook(self) -> str:
+        return self.label[:2]
+
+    @property
+    def variant(self) -> str | None:
+        return self.label[3:] or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The content of one record.json; the fields are its keys, in this order."""
+
+    schema: int = 1
+    notebook: str
+    variant: str | None
+    scale: str
+    seed: int
+    status: str
+    reason: str | None = None
+    dataset: dict
+    protocol: dict
+    rows: list[dict]
+    claims: list[dict]
+    environment: dict
+    commit: str
+    dirty: bool
+    deviations: list[str]
+
+    @property
+    def label(self) -> str:
+        """The name of the run folder: `01` or `01-ml-1m-w1`."""
+        return f"{self.notebook}-{self.variant}" if self.variant else self.notebook
+
+    def row(self, name: str) -> dict:
+        """Return one row by its name."""
+        return {row["row"]: row for row in self.rows}[name]
+
+    def write(self, path: Path) -> None:
+        """Check the record and write it atomically."""
+        plain = _plain(asdict(self), path.name)
+        _check(plain, path)
+        write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Read and check a record.json."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is no readable record: {error}") from None
+        _check(values, path)
+        return cls(**values)
+
+
+def _check(values: dict, path: Path) -> None:
+    keys = tuple(Record.__dataclass_fields__)
+    if not isinstance(values, dict) or tuple(values) != keys:
+        raise InputError(f"{path}: the keys of a record are {', '.join(keys)}, in this order")
+    _plain(values, path.name)
+    for key, allowed in (("schema", (1,)), ("scale", SCALES), ("status", STATUSES)):
+        if values[key] not in allowed:
+            raise InputError(f"{path}: {key} is {values[key]!r}; expected one of {', '.join(map(str, allowed))}")
+    if (values["status"] == "ok") != (values["reason"] is None):
+        raise InputError(f"{path}: status is {values['status']} and reason {values['reason']!r}; all but ok need one")
+    if values["dirty"] and values["scale"] != "smoke":
+        raise InputError(f"{path}: scale {values['scale']} was run from uncommitted code")
+    names = [row.get("row") for row in values["rows"]]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: the rows {', '.join(map(str, names))} are not all different")
+    for row in values["rows"]:
+        if tuple(row)[: len(ROW_KEYS)] != ROW_KEYS:
+            raise InputError(f"{path}: row {row.get('row')} has the keys {', '.join(row)}, not {', '.join(ROW_KEYS)}")
+        for metrics in (row["metrics"], *row["slices"].values()):
+            _check_metrics(metrics, f"{path}: row {row['row']}")
+
+
+def _check_metrics(metrics: dict, what: str) -> None:
+    for name, numbers in metrics.items():
+        if not (METRIC.fullmatch(name) or name in STATISTICS):
+            raise InputError(f"{what} has the unknown metric {name}")
+        if tuple(numbers) != ("value", "low", "high"):
+            raise InputError(f"{what}: {name} is {numbers}; expected value, low, high")
+
+
+def _plain(value: object, where: str) -> object:
+    """Return `value` in JSON's own types; raise where a number is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part, f"{where}: {key}") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, f"{where}[{place}]") for place, part in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; a record holds finite numbers only")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+def load_records(scale: str, notebook: str | None = None, variant: str | None = None) -> list[Record]:
+    """Return the records of a scale, or of one notebook, or of one of its variants, seeds in order."""
+    label = f"{notebook}-{variant}" if variant else f"{notebook or ''}*"
+    records = [Record.read(path) for path in (RUNS / scale).glob(f"{label}/seed*/record.json")]
+    return sorted(records, key=lambda record: (record.label, record.seed))
+
+
+def environment(device: str) -> dict:
+    """Return versions, device and cores of this machine."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device.startswith("cuda"):
+        import torch
+
+        device = torch.cuda.get_device_name(device)
+    return {"versions": versions, "device": device, "cores": len(os.sched_getaffinity(0))}
+
+
+def protocol(prepared: PreparedSet) -> dict:
+    """Return who is tested on what, and how the ranks behind `metrics` are counted."""
+    choices = prepared.details["choices"]
+    return {
+        "split": choices["split"],
+        "validation": choices["validation"],
+        "ranking": "full",
+        "seen": "filtered",
+        "ties": "expected",
+        "time_tie_rule": choices["time_tie_rule"],
+    }
+
+
+def write_record(
+    run: Run, prepared: PreparedSet, rows: list[dict], claims: Iterable[dict] = (), deviations: Iterable[str] = ()
+) -> Record:
+    """Write `record.json` into the run folder and return it; the worst row gives the status."""
+    failed = [row for row in rows if row.get("status", "ok") != "ok"]
+    worst = max((row["status"] for row in failed), key=("not_attempted", "out_of_memory", "failed").index, default="ok")
+    record = Record(
+        notebook=run.notebook,
+        variant=run.variant,
+        scale=run.scale,
+        seed=run.seed,
+        status=worst,
+        reason="; ".join(f"{row['row']}: {row['reason']}" for row in failed) or None,
+        dataset={"name": prepared.name, "fingerprint": prepared.fingerprint},
+        protocol=protocol(prepared),
+        rows=rows,
+        claims=list(claims),
+        environment=environment(run.device),
+        commit=run.state[0],
+        dirty=run.state[1],
+        deviations=list(deviations),
+    )
+    record.write(run.folder / "record.json")
+    return record
+
+
+def measured_row(result, prepared: PreparedSet) -> dict:
+    """Return the record's row of a `RowResult`: metrics with 95 % intervals over users, overall and by slice."""
+    row = {"row": result.row, "changed": result.changed, "parameters": result.parameters, "metrics": {}, "slices": {},
+           "cost": result.cost}
+    if result.status != "ok":
+        return row | {"status": result.status, "reason": result.reason}
+    masks = slices(result.ranks, prepared)
+    row["metrics"] = intervals(result.ranks.filtered, MAIN_KS)
+    row["slices"] = {"seen_kept": intervals(result.ranks.kept, MAIN_KS)}
+    for name, mask_U in masks.items():
+        counts = result.ranks.filtered.subset(mask_U)
+        row["slices"][name] = exact(users=len(counts.higher_U)) | intervals(counts, SLICE_KS)
+    return row
+
+
+def exact(**numbers: float) -> dict:
+    """Return counts and other exact statistics in the form of metrics: the interval is the value."""
+    return {name: {"value": value, "low": value, "high": value} for name, value in numbers.items()}
+
+
+def intervals(counts, ks: tuple[int, ...]) -> dict:
+    """Return `{metric: {value, low, high}}` of a `Counts`: expected ties, 95 % bootstrap interval over users."""
+    from textrec.evaluation.metrics import per_user_metrics
+    from textrec.evaluation.significance import bootstrap_interval
+
+    measured = {}
+    for name, values_U in per_user_metrics(counts, ks=ks).items():
+        low, high = bootstrap_interval(values_U[None, :])
+        measured[name] = {"value": float(np.mean(values_U)), "low": float(low), "high": float(high)}
+    return measured
+
+
+def slices(ranks, prepared: PreparedSet) -> dict[str, np.ndarray]:
+    """Return masks over the ranked users by training count of the target and length of the history; none is empty.
+
+    Short histories are those of at most the median length.
+    """
+    from textrec.evaluation.metrics import target_slices
+
+    counts_I = np.zeros(prepared.num_items, dtype=np.int64)
+    counted = training_counts(prepared.histories, prepared.split)[1:]
+    counts_I[: len(counted)] = counted
+    occurrences_U = counts_I[ranks.targets_U - 1]
+    lengths_U = prepared.split.test_target_U[ranks.users_U]
+    masks = dict(target_slices(ranks.targets_U, counts_I))
+    masks["rare_items"] = (occurrences_U > 0) & (occurrences_U <= RARE)
+    masks["short_histories"] = lengths_U <= np.median(lengths_U)
+    masks["long_histories"] = ~masks["short_histories"]
+    return {name: mask_U for name, mask_U in masks.items() if mask_U.any()}

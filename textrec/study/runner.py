@@ -1,0 +1,213 @@
+"""Execute notebooks headless: papermill plus strict parameters, a run folder, a record, and no work done twice.
+
+A run is left out when a good record exists whose inputs (code without comments, parameters, fingerprints of the
+data) are those of now. A run that failed or was killed leaves its finished rows and its checkpoints in the run
+folder, and the next attempt goes on from there.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from textrec.data.preparing import prepare
+from textrec.paths import NOTEBOOKS, ROOT, RUNS
+from textrec.provenance import code_hash
+from textrec.schema import InputError
+from textrec.study.parameters import (
+    COMMON,
+    code_cells,
+    notebook_path,
+    parameter_files,
+    read_header,
+    resolve_parameters,
+    variants,
+)
+from textrec.study.records import Record, Run, load_records, write_record
+
+REPORT = "11"  # reads the records of all others: it runs last, once, always, and is no measurement itself
+OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)
+UNITS = {"s": 1, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an execution; `status` is a record's status, or `skipped`."""
+
+    label: str  # <NN>[-variant]
+    seed: int
+    status: str
+    reason: str | None
+    seconds: float
+
+
+def run_notebook(
+    number: str,
+    *,
+    scale: str = "smoke",
+    variant: str | None = None,
+    seed: int = 0,
+    overrides: dict[str, object] | None = None,
+    force: bool = False,
+) -> Outcome:
+    """Execute notebook `number` into its run folder and return what became of it.
+
+    A mistake in the parameters, a dirty tree above the smoke scale and missing data raise `InputError` before anything
+    runs; an error inside the notebook is an outcome and, on disk, a record with its reason.
+    """
+    run, values = _prepare_run(number, scale, variant, seed, overrides)
+    inputs = _inputs(run, values) if number != REPORT else {}
+    if inputs and not force and _is_done(run, inputs):
+        return Outcome(run.label, run.seed, "skipped", None, 0.0)
+    started = time.perf_counter()
+    status, reason = _execute(notebook_path(number), values, run.folder)
+    seconds = time.perf_counter() - started
+    if number != REPORT:
+        record = _final_record(run, status, reason, {"inputs": inputs, "wall_s": round(seconds, 1)})
+        status, reason = record.status, record.reason
+    return Outcome(run.label, run.seed, status, reason, seconds)
+
+
+def _prepare_run(number: str, scale: str, variant: str | None, seed: int, overrides: dict | None) -> tuple[Run, dict]:
+    folder = RUNS / scale / (f"{number}-{variant}" if variant else number) / f"seed{seed}"
+    run_dir = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
+    common = {"scale": scale, "seed": seed, "run_dir": run_dir}
+    values = resolve_parameters(number, scale, variant, (overrides or {}) | common)
+    return Run(**{name: values[name] for name in COMMON}), values
+
+
+def _inputs(run: Run, values: dict[str, object]) -> dict:
+    """Return what decides a measurement: digests of code and parameters, fingerprints of the data sets."""
+    cells = [ast.dump(ast.parse(source)) for source, _ in code_cells(notebook_path(run.notebook))]
+    described = json.dumps([cells, values], sort_keys=True)
+    names = [run.dataset, *(name for key, value in values.items() if key.endswith("datasets") for name in value)]
+    return {
+        "package": code_hash((ROOT / "textrec").rglob("*.py")),
+        "notebook": hashlib.sha256(described.encode()).hexdigest()[:16],
+        "data": {name: prepare(name).fingerprint for name in names},
+    }
+
+
+def _is_done(run: Run, inputs: dict) -> bool:
+    path = run.folder / "record.json"
+    record = Record.read(path) if path.is_file() else None
+    return record is not None and record.status == "ok" and record.environment.get("inputs") == inputs
+
+
+def _execute(notebook: Path, values: dict[str, object], folder: Path) -> tuple[str, str | None]:
+    """Run the notebook in a fresh kernel; write `executed.ipynb` even where a cell raised; return status and reason."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("executed.partial-*"):
+        stale.unlink()
+    partial = folder / f"executed.partial-{os.getpid()}.ipynb"  # papermill wants the suffix
+    status, reason = "ok", None
+    try:
+        papermill.execute_notebook(
+            notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False
+        )
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}" if error.ename != "InputError" else error.evalue
+        status = "out_of_memory" if OUT_OF_MEMORY.search(reason) else "failed"
+    except DeadKernelError:
+        status, reason = "failed", "the kernel died without a message, mostly because the system ran out of memory"
+    if partial.exists():
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(folder / "executed.ipynb")
+    return status, reason
+
+
+def _final_record(run: Run, status: str, reason: str | None, told: dict) -> Record:
+    """Complete the record that the notebook wrote with `told`; where it wrote none, write one that says why."""
+    path = run.folder / "record.json"
+    record = Record.read(path) if path.is_file() else None
+    if record is None or "inputs" in record.environment:  # the record of an earlier run
+        if status == "ok":
+            status, reason = "failed", "the notebook ended without writing a record"
+        record = write_record(run, prepare(run.dataset), rows=[])
+    if status != "ok":
+        record = dataclasses.replace(record, status=status, reason=reason)
+    record = dataclasses.replace(record, environment=record.environment | told)
+    record.write(path)
+    return record
+
+
+def plan(scale: str, *, numbers: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> list[Run]:
+    """Return the executions of a study in order; a notebook with variants at this scale runs once for each.
+
+    Parameters of all of them are checked here, so that a mistake in the last one does not cost the first ones.
+    """
+    numbers = numbers or [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+    return [
+        _prepare_run(number, scale, variant, seed, None)[0]
+        for number in numbers
+        for variant in variants(number, scale) or [None]
+        for seed in (seeds if number != REPORT else seeds[:1])
+    ]
+
+
+def run_study(
+    scale: str = "smoke",
+    *,
+    numbers: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    jobs: int = 1,
+    force: bool = False,
+    tell: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Run the notebooks of a study, `jobs` at once, each in a kernel of its own with its share of the cores.
+
+    `tell` is called with each outcome as it comes. The report notebook runs when all others have ended. A set that is
+    not at hand makes its runs `not_attempted`; it does not stop the others.
+    """
+    runs = plan(scale, numbers=numbers, seeds=seeds)
+
+    def attempt(run: Run) -> Outcome:
+        try:
+            outcome = run_notebook(run.notebook, scale=scale, variant=run.variant, seed=run.seed, force=force)
+        except InputError as error:
+            outcome = Outcome(run.label, run.seed, "not_attempted", str(error), 0.0)
+        if tell:
+            tell(outcome)
+        return outcome
+
+    with _shared_cores(jobs), ThreadPoolExecutor(jobs) as pool:
+        outcomes = list(pool.map(attempt, [run for run in runs if run.notebook != REPORT]))
+    return outcomes + [attempt(run) for run in runs if run.notebook == REPORT]
+
+
+@contextlib.contextmanager
+def _shared_cores(jobs: int) -> Iterator[None]:
+    """Give each of several kernels its share of the cores: two processes with two threads each slow each other down."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    try:
+        yield
+    finally:
+        if jobs > 1:
+            os.environ.pop("OMP_NUM_THREADS")
+            os.environ |= {"OMP_NUM_THREADS": before} if before else {}
+
+
+def estimate_seconds(run: Run) -> float | None:
+    """Return what the dearest earlier execution of any seed took, else the time in the header of its parameter file."""
+    records = load_records(run.scale, run.notebook, run.variant)
+    took = [record.environment.get("wall_s", 0.0) for record in records if record.variant == run.variant]
+    if took:
+        return max(took)
+    header = read_header(parameter_files(run.notebook, run.scale, run.variant)[-1]).get("time", "")
+    found = re.search(r"(\d+(?:\.\d+)?) ?(s|min|h)\b", header)
+    return float(found[1]) * UNITS[found[2]] if found else None
