@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from textrec.evaluation.metrics import chance_metrics, list_metrics, mean_metrics, per_user_metrics, target_slices
+from textrec.evaluation.metrics import chance_metrics, list_metrics, mean_metrics, per_user_metrics
 from textrec.evaluation.ranking import Counts
 
 
@@ -73,14 +73,3 @@ def test_list_metrics_by_hand():
     assert metrics["coverage@2"] == 2 / 4
     assert metrics["novelty@2"] == pytest.approx((2 * math.log2(12 / 7) + math.log2(12 / 2)) / 3)
     assert metrics["popularity_lift@2"] == pytest.approx(((6 + 1 + 6) / 3) / (38 / 8) - 1)
-
-
-def test_slices_by_training_count():
-    popularity = np.array([0, 1, 1, 1, 3, 3])  # thirds of nine interactions
-    slices = target_slices(np.array([1, 2, 4, 5, 6, 6]), popularity)
-    assert slices["cold_items"].tolist() == [True, False, False, False, False, False]
-    assert slices["seen_items"].tolist() == [False, True, True, True, True, True]
-    assert slices["tail_items"].tolist() == [False, True, True, False, False, False]
-    assert slices["middle_items"].tolist() == [False, False, False, True, False, False]
-    assert slices["head_items"].tolist() == [False, False, False, False, True, True]
-    assert "cold_items" not in target_slices(np.array([2]), popularity)

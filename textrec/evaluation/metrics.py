@@ -1,6 +1,6 @@
 """Metrics re-read from stored counts. With one target, recall@k is the papers' HR@k and ndcg@k the gain of its rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,12 +23,12 @@ def per_user_metrics(counts: Counts, ks: Sequence[int] = KS, ties: Ties = "expec
     after_U = counts.higher_U + 1 + (0 if ties == "optimistic" else counts.ties_U)
     inverse_ranks = 1.0 / np.arange(1, after_U.max(initial=1) + 1)
     gains = 1.0 / np.log2(np.arange(2, max(ks, default=1) + 2))
-    metrics = {f"recall@{k}": _mean_over_ranks(np.ones(k), before_U, after_U) for k in ks}
-    metrics |= {f"ndcg@{k}": _mean_over_ranks(gains[:k], before_U, after_U) for k in ks}
+    metrics = {f"recall@{k}": mean_over_ranks(np.ones(k), before_U, after_U) for k in ks}
+    metrics |= {f"ndcg@{k}": mean_over_ranks(gains[:k], before_U, after_U) for k in ks}
     negatives_U = counts.candidates_U - 1
     above_U = (before_U + after_U - 1) / 2
     auc_U = 1.0 - np.divide(above_U, negatives_U, out=np.full(len(above_U), 0.5), where=negatives_U > 0)
-    return metrics | {"mrr": _mean_over_ranks(inverse_ranks, before_U, after_U), "auc": auc_U}
+    return metrics | {"mrr": mean_over_ranks(inverse_ranks, before_U, after_U), "auc": auc_U}
 
 
 def mean_metrics(counts: Counts, ks: Sequence[int] = KS, ties: Ties = "expected") -> dict[str, float]:
@@ -60,23 +60,7 @@ def list_metrics(lists_UK: np.ndarray, popularity_I: np.ndarray) -> dict[str, fl
     }
 
 
-def target_slices(targets_U: np.ndarray, popularity_I: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Return masks of users by the training count of their target, for `Ranks.subset`; no mask is empty.
-
-    `cold_items` never occur in training, `seen_items` do; these fall into `tail_items`, `middle_items` and
-    `head_items`, each a third of the training interactions.
-    """
-    order_I = np.argsort(popularity_I, kind="stable")
-    before_I = np.empty(len(popularity_I))
-    before_I[order_I] = np.cumsum(popularity_I[order_I]) - popularity_I[order_I]
-    third_U = np.minimum(3 * before_I / max(popularity_I.sum(), 1), 2).astype(int)[targets_U - 1]
-    cold_U = popularity_I[targets_U - 1] == 0
-    masks = {"cold_items": cold_U, "seen_items": ~cold_U}
-    masks |= {name: ~cold_U & (third_U == i) for i, name in enumerate(("tail_items", "middle_items", "head_items"))}
-    return {name: mask_U for name, mask_U in masks.items() if mask_U.any()}
-
-
-def _mean_over_ranks(values_R: np.ndarray, before_U: np.ndarray, after_U: np.ndarray) -> np.ndarray:
+def mean_over_ranks(values_R: np.ndarray, before_U: np.ndarray, after_U: np.ndarray) -> np.ndarray:
     """Return the mean of values_R[rank - 1] (0 behind its end) over the ranks before + 1 .. after of each user."""
     sums = np.concatenate([[0.0], np.cumsum(values_R)])
     last = len(values_R)
