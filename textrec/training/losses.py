@@ -58,8 +58,9 @@ def sampled_softmax(
 ) -> Tensor:
     """Cross-entropy of the target against sampled negatives; a negative equal to the target is masked.
 
-    `log_probability_I` (I,) is the log of the expected count of each item among the negatives: its subtraction from
-    every score (the logQ correction) makes the estimate of the full softmax consistent.
+    `log_probability_I` (I,) is the log of the expected count of each item among the negatives: subtracted from their
+    scores (logQ correction) it makes the estimate of the full softmax consistent. The target is there for certain, so
+    its score stays as it is (Blanc & Rendle 2018).
     """
     if negatives.dim() == 1:
         targets_T1 = targets_T[:, None]
@@ -70,7 +71,6 @@ def sampled_softmax(
         picked = picked_scores(hidden_TD, items_ID, torch.cat([targets_T1, negatives], 1))
         target_T1, scores_TN = picked[:, :1], picked[:, 1:]
     if log_probability_I is not None:
-        target_T1 = target_T1 - log_probability_I[targets_T1]
         scores_TN = scores_TN - log_probability_I[negatives]
     scores_TN = scores_TN.masked_fill(negatives == targets_T1, -torch.inf)
     return (torch.cat([target_T1, scores_TN], 1).logsumexp(1) - target_T1[:, 0]).sum()
@@ -81,8 +81,8 @@ def gbce(
 ) -> Tensor:
     """Generalised binary cross-entropy (gSASRec, Petrov & Macdonald 2023), the mean over the N + 1 terms of a position.
 
-    With sampling rate a = N / (I - 1) the target's term is weighted by b = 1 - t (1 - a), `calibration` t; t = 0 is plain
-    binary cross-entropy. b * softplus(-s) is exact where the published transform saturates.
+    With sampling rate a = N / (I - 1) the target's term is weighted by b = 1 - t (1 - a), `calibration` t; t = 0 is
+    plain binary cross-entropy. b * softplus(-s) is exact where the published transform saturates.
     """
     num_negatives, num_items = negatives_TN.shape[1], len(items_ID) - 1
     weight = 1.0 - calibration * (1.0 - num_negatives / (num_items - 1))
@@ -91,8 +91,11 @@ def gbce(
 
 
 def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
-    """Return the scores (T, N) of chosen items. Many picks of a small catalogue go through the full product in blocks:
-    reading N rows per position from memory costs more than multiplying with all of them once."""
+    """Return the scores (T, N) of chosen items.
+
+    Many picks of a small catalogue go through the full product in blocks: reading N rows per position from memory costs
+    more than multiplying with all of them once.
+    """
     if picks_TN.shape[1] * 16 < len(items_ID):
         return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
     return _PickedScores.apply(hidden_TD, items_ID, picks_TN)
@@ -117,7 +120,8 @@ class _PickedScores(torch.autograd.Function):
         step = max(BLOCK_NUMBERS // len(items_ID), 64)
         for start in range(0, len(hidden_TD), step):
             rows = slice(start, start + step)
-            spread_CI = hidden_TD.new_zeros(len(hidden_TD[rows]), len(items_ID)).scatter_add_(1, picks_TN[rows], grad_TN[rows])
+            spread_CI = hidden_TD.new_zeros(len(hidden_TD[rows]), len(items_ID))
+            spread_CI.scatter_add_(1, picks_TN[rows], grad_TN[rows])
             torch.mm(spread_CI, items_ID, out=grad_hidden_TD[rows])
             grad_items_ID.addmm_(spread_CI.T, hidden_TD[rows])
         return grad_hidden_TD, grad_items_ID, None
