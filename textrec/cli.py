@@ -12,7 +12,8 @@ import typer
 
 from textrec.schema import InputError
 
-SPREAD = ("--seeds", "--choice", "--column", "--set")  # options that take several values: `--seeds 0 1 2`
+# options that take several values: `--seeds 0 1 2`
+SPREAD = ("--seeds", "--notebooks", "--history", "--choice", "--column", "--set")
 NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
@@ -36,6 +37,8 @@ class Scale(StrEnum):
 
 
 ScaleOption = Annotated[Scale, typer.Option(help="Which parameter files: seconds, an hour, or the paper's hardware.")]
+SeedsOption = Annotated[list[int] | None, typer.Option(help="One run each, e.g. --seeds 0 1 2.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run again though nothing changed.")]
 RawOption = Annotated[Path | None, typer.Option(help="Folder of raw data; default $TEXTREC_DATA, else data/raw.")]
 
 
@@ -96,7 +99,7 @@ def pairs(texts: list[str], option: str) -> dict[str, object]:
 
 @app.command()
 def doctor() -> None:
-    r"""Check Python, packages, devices, folders and data; status 1 where something would fail.
+    """Check Python, packages, devices, folders and data; status 1 where something would fail.
 
     \b
     Example:
@@ -112,7 +115,7 @@ def doctor() -> None:
 
 @data_app.command("list")
 def data_list() -> None:
-    r"""Name the known sets, their size and whether their files are at hand.
+    """Name the known sets, their size and whether their files are at hand.
 
     \b
     Example:
@@ -142,7 +145,7 @@ def data_prepare(
     choice: Annotated[list[str] | None, typer.Option(help="A choice of preparation as name=value.")] = None,
     raw: RawOption = None,
 ) -> None:
-    r"""Turn raw files into a prepared set and print its data card; reused where nothing changed.
+    """Turn raw files into a prepared set and print its data card; reused where nothing changed.
 
     \b
     Examples:
@@ -166,6 +169,19 @@ def data_prepare(
     typer.echo(data_card(prepared))
 
 
+@data_app.command("audit")
+def data_audit(name: Annotated[str, typer.Argument(help="A known or a prepared set.")], raw: RawOption = None) -> None:
+    """Print what may make a result on this split misleading: leaks in time, ties, cold items, duplicate texts.
+
+    \b
+    Example:
+      textrec data audit amazon-2018-scientific
+    """
+    from textrec.data.audit import audit
+
+    typer.echo(audit(load(name, raw)))
+
+
 def load(name: str, raw: Path | None = None):
     """Return the prepared set `name`: from its folder, or made from the raw files of a known set."""
     from textrec.data.prepared import PreparedSet
@@ -183,11 +199,11 @@ def run(
     number: Annotated[str, typer.Argument(metavar="NN", help="The two digits a notebook's name starts with.")],
     scale: ScaleOption = Scale.smoke,
     variant: Annotated[str | None, typer.Option(help="Which parameter variant, mostly a data set.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="One run each, e.g. --seeds 0 1 2.")] = None,
+    seeds: SeedsOption = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter of the notebook as name=value.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run again though nothing changed.")] = False,
+    force: ForceOption = False,
 ) -> None:
-    r"""Execute one notebook, once per seed, into papermill_runs/<scale>/; an interrupted run goes on where it was.
+    """Execute one notebook, once per seed, into papermill_runs/<scale>/; an interrupted run goes on where it was.
 
     \b
     Examples:
@@ -200,18 +216,92 @@ def run(
     overrides = pairs(set_ or [], "--set")
     outcomes = []
     for seed in seeds or [0]:
-        typer.echo(f"{number} {variant or ''} seed {seed} at scale {scale} ...")
         outcomes.append(
             run_notebook(number, scale=scale.value, variant=variant, seed=seed, overrides=overrides, force=force)
         )
-        report_outcome(outcomes[-1])
+        tell(outcomes[-1])
     raise typer.Exit(any(outcome.status not in ("ok", "skipped") for outcome in outcomes))
 
 
-def report_outcome(outcome) -> None:
+@app.command()
+def study(
+    scale: ScaleOption = Scale.smoke,
+    notebooks: Annotated[list[str] | None, typer.Option(help="Only these, e.g. --notebooks 00 01.")] = None,
+    seeds: SeedsOption = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at once; the cores are shared among them.")] = 1,
+    force: ForceOption = False,
+) -> None:
+    """Execute every notebook at a scale, then write figures/report.html; finished runs are left as they are.
+
+    \b
+    Examples:
+      textrec study
+      textrec study --scale laptop --seeds 0 1 2 --jobs 2
+    """
+    from textrec.paths import FIGURES
+    from textrec.study.runner import estimate_seconds, plan, run_study
+
+    chosen = {"numbers": notebooks, "seeds": seeds or [0]}
+    estimates = [estimate_seconds(one) for one in plan(scale.value, **chosen)]
+    known = sum(seconds for seconds in estimates if seconds)
+    typer.echo(f"{len(estimates)} runs at scale {scale}, about {known / 60 / jobs:.0f} minutes if nothing is done yet")
+    outcomes = run_study(scale.value, **chosen, jobs=jobs, force=force, tell=tell)
+    typer.echo(f"report: {FIGURES / 'report.html'}")
+    raise typer.Exit(any(outcome.status in ("failed", "out_of_memory") for outcome in outcomes))
+
+
+def tell(outcome) -> None:
     """Print what became of one run."""
     reason = f": {outcome.reason}" if outcome.reason else ""
-    typer.echo(f"{outcome.label} seed {outcome.seed}: {outcome.status} in {outcome.seconds:.0f} s{reason}")
+    typer.echo(f"{outcome.label} seed {outcome.seed}: {outcome.status}, {outcome.seconds:.0f} s{reason}")
+
+
+@app.command()
+def recommend(
+    run_dir: Annotated[Path, typer.Option("--run", help="The folder papermill_runs/<scale>/<NN>/seed<k>.")],
+    row: Annotated[str, typer.Option(help="The row of its table whose model is asked.")],
+    user: Annotated[str | None, typer.Option(help="A user of the set, by your own id.")] = None,
+    history: Annotated[list[str] | None, typer.Option(help="Items by your own ids, oldest first.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Items of the history may come back.")] = False,
+) -> None:
+    """Print the best next items, with their titles, for a user of the set or for any history.
+
+    \b
+    Examples:
+      textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --user u7
+      textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --history i3 i17 i4 -k 5
+    """
+    import json
+
+    from textrec.models.sequence_model import SequenceModel
+
+    record = run_dir / "record.json"
+    if not record.is_file():
+        raise InputError(f"{run_dir} is no run folder: it holds no record.json")
+    model = SequenceModel.from_pretrained(run_dir / "rows" / row / "model")
+    prepared = load(json.loads(record.read_text(encoding="utf-8"))["dataset"]["name"])
+    items = history_of(prepared, user, history)
+    for item, score in model.recommend(items, k, filter_seen=not keep_seen):
+        entry = prepared.catalogue.iloc[item - 1]
+        typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}")
+
+
+def history_of(prepared, user: str | None, history: list[str] | None) -> list[int]:
+    """Return item ids, oldest first, from a user's external id or from external item ids."""
+    if (user is None) == (not history):
+        raise InputError("name either --user or --history")
+    if user is not None:
+        rows = (prepared.users == user).to_numpy().nonzero()[0]
+        if not len(rows):
+            raise InputError(f"--user {user!r} is no user of {prepared.name}")
+        start, end = prepared.histories.offsets_U1[rows[0] : rows[0] + 2]
+        return prepared.histories.items_E[start:end].tolist()
+    ids = {external: row + 1 for row, external in enumerate(prepared.catalogue["item"])}
+    for external in history:
+        if external not in ids:
+            raise InputError(f"--history names {external!r}, which is no item of {prepared.name}")
+    return [ids[external] for external in history]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+"""The command line: examples parse, mistakes are one sentence and status 2, output is plain where nobody watches."""
+
+import errno
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from commands import parse
+
+from textrec import cli
+from textrec.data.histories import Histories
+from textrec.paths import ROOT
+from textrec.schema import InputError
+
+
+def textrec(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "textrec.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def all_commands(command=None, path=("textrec",)):
+    """Yield `(words, command)` of every command and group."""
+    command = command or typer.main.get_command(cli.app)
+    yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from all_commands(below, (*path, name))
+
+
+COMMANDS = dict(all_commands())
+
+
+def run_main(monkeypatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["textrec", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(path, capsys):
+    command = COMMANDS[path]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("path", [p for p, c in COMMANDS.items() if not hasattr(c, "commands")], ids=" ".join)
+def test_examples_of_the_help_are_commands(path):
+    examples = [line.strip() for line in COMMANDS[path].help.splitlines() if line.strip().startswith("textrec ")]
+    assert examples
+    for line in examples:
+        assert line.startswith(" ".join(path))
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("docter",), "doctor"),
+        (("data", "prepair"), "prepare"),
+        (("run", "01", "--seads", "1"), "--seeds"),
+        (("run", "01", "--scale", "huge"), "smoke"),
+        (("study", "--jobs", "0"), "1"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_closest(arguments, hint):
+    outcome = textrec(*arguments)
+    assert outcome.returncode == 2
+    assert hint in outcome.stderr and "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("data", "prepare", "no-such-set"), "no-such-set"),
+        (("data", "prepare", "mine", "--interactions", "absent.csv"), "absent.csv"),
+        (("data", "prepare", "mine", "--items", "products.csv"), "--interactions"),
+        (("data", "prepare", "synthetic", "--choice", "split"), "name=value"),
+        (("data", "prepare", "synthetic", "--choice", "time_tie_rul=hash"), "time_tie_rule"),
+        (("run", "99"), "99"),
+        (("recommend", "--run", "absent", "--row", "popularity", "--user", "u1"), "absent"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, named):
+    outcome = textrec(*arguments)
+    assert outcome.returncode == 2, outcome.stderr
+    assert named in outcome.stderr
+    assert len(outcome.stderr.strip().splitlines()) == 1 and outcome.stderr.startswith("textrec: ")
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    def fill(*words):
+        raise OSError(errno.ENOSPC, "No space left on device", "items.npy")
+
+    monkeypatch.setattr(cli, "app", lambda **options: fill())
+    assert run_main(monkeypatch, "doctor") == 2
+    assert capsys.readouterr().err == "textrec: items.npy could not be written: No space left on device\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def break_down(**options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cli, "app", break_down)
+    monkeypatch.setattr(sys, "argv", ["textrec", "doctor"])
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main()
+
+
+def test_options_take_several_values():
+    assert list(cli.spread(["run", "01", "--seeds", "0", "1", "2", "--force"])) == [
+        *("run", "01", "--seeds", "0", "--seeds", "1", "--seeds", "2", "--force"),
+    ]
+    assert parse("textrec run 01 --seeds 0 1 2")["seeds"] == [0, 1, 2]
+    assert parse("textrec run 01 --seeds 0 --seeds 1")["seeds"] == [0, 1]
+    assert parse("textrec run 01 --scale laptop")["number"] == "01"
+
+
+def test_values_are_read_by_type():
+    texts = ["min_item=5", "core_repeat=true", "rate=1.0e-4", "user_sample=null", "split=ratio", "title=a=b"]
+    values = {"min_item": 5, "core_repeat": True, "rate": 1e-4, "user_sample": None, "split": "ratio", "title": "a=b"}
+    assert cli.pairs(texts, "--choice") == values
+    with pytest.raises(InputError, match="name=value"):
+        cli.pairs(["min_item"], "--choice")
+
+
+def test_steps_are_plain_lines_where_nobody_watches(capsys):
+    with cli.progress() as step:
+        step("reading")
+        step("writing")
+    assert capsys.readouterr().out == "reading\nwriting\n"
+
+
+class Shelf:
+    """Two users and four items with external ids, as much of a prepared set as recommending needs."""
+
+    name = "shelf"
+    users = pd.Series(["anna", "ben"])
+    catalogue = pd.DataFrame({"item": ["a", "b", "c", "d"], "title": ["Ant", "Bee", "Cat", "Dog"]})
+    histories = Histories(np.array([1, 2, 4], dtype=np.int32), np.zeros(3, dtype=np.int64), np.array([0, 2, 3]))
+
+
+def test_a_history_is_named_by_user_or_by_items():
+    assert cli.history_of(Shelf, "anna", None) == [1, 2]
+    assert cli.history_of(Shelf, "ben", None) == [4]
+    assert cli.history_of(Shelf, None, ["d", "a"]) == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("user", "history", "sentence"),
+    [
+        ("carl", None, "'carl' is no user of shelf"),
+        (None, ["a", "z"], "'z', which is no item of shelf"),
+        (None, None, "either --user or --history"),
+        ("anna", ["a"], "either --user or --history"),
+    ],
+)
+def test_an_unknown_history_is_refused(user, history, sentence):
+    with pytest.raises(InputError, match=sentence):
+        cli.history_of(Shelf, user, history)
+
+
+def test_failed_runs_fail_the_command(monkeypatch, capsys):
+    from textrec.study import runner
+
+    def run_notebook(number, *, seed, **options):
+        return runner.Outcome(number, seed, "failed" if seed else "ok", "ValueError: no" if seed else None, 1.0)
+
+    monkeypatch.setattr(runner, "run_notebook", run_notebook)
+    assert run_main(monkeypatch, "run", "00", "--seeds", "0") == 0
+    assert run_main(monkeypatch, "run", "00", "--seeds", "0", "1") == 1
+    assert "00 seed 1: failed, 1 s: ValueError: no" in capsys.readouterr().out
