@@ -30,7 +30,7 @@ STATISTICS = {"users", "items", "interactions", "mean_length", "median_length", 
 ROW_KEYS = ("row", "changed", "parameters", "metrics", "slices", "cost")
 SOURCES = ("textrec", "notebooks", "papermill_runs/parameters", "pyproject.toml", "constraints.txt")
 PACKAGES = ("numpy", "torch", "lightning", "transformers", "pandas", "duckdb", "pyarrow", "papermill")
-RARE = 5  # training occurrences that a rare item has at most
+RARE, POPULAR = 5, 50  # training occurrences: a rare item has at most 5, a popular one more than 50
 MAIN_KS, SLICE_KS = (1, 5, 10, 20, 50, 100), (10,)
 
 
@@ -281,15 +281,15 @@ def slices(ranks, prepared: PreparedSet) -> dict[str, np.ndarray]:
 
     Short histories are those of at most the median length.
     """
-    from textrec.evaluation.metrics import target_slices
-
-    counts_I = np.zeros(prepared.num_items, dtype=np.int64)
-    counted = training_counts(prepared.histories, prepared.split)[1:]
-    counts_I[: len(counted)] = counted
-    occurrences_U = counts_I[ranks.targets_U - 1]
+    occurrences_U = training_counts(prepared.histories, prepared.split)[ranks.targets_U]
     lengths_U = prepared.split.test_target_U[ranks.users_U]
-    masks = dict(target_slices(ranks.targets_U, counts_I))
-    masks["rare_items"] = (occurrences_U > 0) & (occurrences_U <= RARE)
-    masks["short_histories"] = lengths_U <= np.median(lengths_U)
-    masks["long_histories"] = ~masks["short_histories"]
+    short_U = lengths_U <= np.median(lengths_U)
+    masks = {
+        "cold_items": occurrences_U == 0,
+        "rare_items": (occurrences_U > 0) & (occurrences_U <= RARE),
+        "middle_items": (occurrences_U > RARE) & (occurrences_U <= POPULAR),
+        "popular_items": occurrences_U > POPULAR,
+        "short_histories": short_U,
+        "long_histories": ~short_U,
+    }
     return {name: mask_U for name, mask_U in masks.items() if mask_U.any()}
