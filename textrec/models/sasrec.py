@@ -50,7 +50,7 @@ class SASRecConfig:
         if self.embedding_dim % self.num_heads:
             raise ValueError(f"embedding_dim={self.embedding_dim} is not a multiple of num_heads={self.num_heads}")
         if self.num_items < 1 or self.max_sequence_length < 1:
-            raise ValueError(f"num_items={self.num_items}, max_sequence_length={self.max_sequence_length}: expected >= 1")
+            raise ValueError(f"{self.num_items=}, {self.max_sequence_length=}: expected at least 1")
 
 
 class CausalAttention(nn.Module):

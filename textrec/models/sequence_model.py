@@ -130,7 +130,7 @@ class SequenceModel(nn.Module):
         known = {each.__name__: each for each in _subclasses(SequenceModel)}
         model_type = config.pop("model_type", None)
         if model_type not in known:
-            raise InputError(f"{folder / 'config.json'}: model_type {model_type!r} is unknown; expected one of {sorted(known)}")
+            raise InputError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {sorted(known)}")
         if not issubclass(known[model_type], cls):
             raise InputError(f"{folder} holds a {model_type}, not a {cls.__name__}")
         model = known[model_type](known[model_type].config_class(**config))

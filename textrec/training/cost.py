@@ -1,0 +1,27 @@
+"""What a run cost: wall and processor seconds, peak memory, real positions read, an energy estimate."""
+
+import resource
+import sys
+import time
+
+CPU_WATTS = 10.0  # per busy core, a laptop's; energy is an estimate and labelled so
+
+
+class Meter:
+    """Measures from its construction to `read()`."""
+
+    def __init__(self):
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self, tokens: int = 0) -> dict[str, float]:
+        """Return the cost keys of a record row."""
+        import torch
+
+        cpu_s = time.process_time() - self.cpu
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        return {
+            "wall_s": round(time.perf_counter() - self.wall, 2), "cpu_s": round(cpu_s, 2),
+            "peak_rss_gib": round(peak, 3), "peak_gpu_gib": round(gpu, 3),
+            "tokens": tokens, "energy_wh": round(cpu_s * CPU_WATTS / 3600, 3),
+        }  # fmt: skip

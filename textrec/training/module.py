@@ -1,0 +1,151 @@
+"""The one LightningModule of the sequence models: a loss on the real positions, global loss means, parameter groups."""
+
+import math
+from dataclasses import dataclass
+
+import lightning
+import torch
+from torch import Tensor
+
+from textrec.schema import PADDING_ID
+from textrec.seeding import derive_seed
+from textrec.training import losses
+
+LOSSES = ("full_softmax", "sampled_softmax", "gbce")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a sequence model is trained; the batch is global, so the number of processes changes nothing but speed."""
+
+    objective: str = "next_item"  # next_item | masked_item (BERT4Rec)
+    loss: str = "full_softmax"  # full_softmax | sampled_softmax | gbce
+    num_negatives: int = 256  # of the sampled losses
+    negatives: str = "uniform"  # uniform | in_batch: other targets of the batch, with the logQ correction
+    share_negatives: bool = True  # one draw for the whole batch; else one per position
+    reject_history: bool = False  # redraw negatives that occur in the row's own history (per position only)
+    calibration: float = 0.0  # t of gBCE; 0 is plain binary cross-entropy
+    mask_probability: float = 0.2  # masked_item: share of masked positions
+    mask_last_probability: float = 0.1  # masked_item: share of rows where only the newest item is masked
+    batch_size: int = 128  # histories per optimiser step, over all processes
+    learning_rate: float = 1e-3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # on matrices only, decoupled
+    warmup_steps: int = 0
+    schedule: str = "constant"  # constant | cosine, to zero at max_epochs
+    gradient_clip: float | None = None  # global norm
+    max_epochs: int = 100
+    patience: int = 10  # validations without a better ndcg@10 before training stops
+    validate_every: int = 1  # epochs
+    validation_users: int | None = None  # a seeded sample for the validation curve; None: all
+    precision: str = "auto"  # auto: 32-true on CPU, bf16-mixed on CUDA
+    strategy: str = "auto"  # auto | ddp
+    compile: bool = False
+
+    def __post_init__(self):
+        allowed = {
+            "objective": ("next_item", "masked_item"), "loss": LOSSES, "negatives": ("uniform", "in_batch"),
+            "schedule": ("constant", "cosine"),
+        }  # fmt: skip
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {values}")
+        if self.negatives == "in_batch" and (self.loss != "sampled_softmax" or not self.share_negatives):
+            raise ValueError("negatives='in_batch' needs loss='sampled_softmax' and share_negatives=True")
+        for name in ("batch_size", "max_epochs", "patience", "validate_every", "num_negatives"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+
+
+class SequenceModule(lightning.LightningModule):
+    """Trains any `SequenceModel`. Randomness is a function of (seed, epoch, step, rank), so a resumed run repeats it.
+
+    `item_counts_I` (num_items + 1,) are training counts, needed by in-batch negatives alone.
+    """
+
+    def __init__(self, model, training: TrainingConfig, seed: int, item_counts_I=None):
+        super().__init__()
+        self.model, self.training_config, self.seed = model, training, seed
+        self.tokens = 0  # real positions this process has read
+        if training.negatives == "in_batch":
+            expected_I = torch.as_tensor(item_counts_I, dtype=torch.float64)
+            log_probability_I = (expected_I * training.num_negatives / expected_I.sum()).clamp_min(1e-12).log()
+            self.register_buffer("log_probability_I", log_probability_I.float(), persistent=False)
+        else:
+            self.log_probability_I = None
+
+    def on_train_epoch_start(self) -> None:
+        """Restart torch's generators, which dropout reads, from the epoch's own seed."""
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Return the loss whose gradient, averaged over processes, is that of the mean over all their positions."""
+        items_BL, targets_BL = batch["items"], batch["targets"]
+        hidden_TD = self.model(items_BL)
+        targets_T = targets_BL[items_BL != PADDING_ID]
+        chosen_T = targets_T != PADDING_ID  # every real position of next_item, the masked ones of masked_item
+        if self.training_config.objective == "masked_item":
+            hidden_TD, targets_T = hidden_TD[chosen_T], targets_T[chosen_T]
+        self.tokens += len(chosen_T)
+        total = self._loss(hidden_TD, targets_T, items_BL, batch["step"])
+        count = torch.tensor(float(len(targets_T)), device=total.device)
+        world_size = self.trainer.world_size
+        if world_size > 1:
+            torch.distributed.all_reduce(count)
+        loss = total * (world_size / count.clamp_min(1.0))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets_T), sync_dist=world_size > 1)
+        return loss
+
+    def _generator(self, purpose: str, step: int, rank: int, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(derive_seed(self.seed, purpose, self.current_epoch, step, rank))
+
+    def _loss(self, hidden_TD: Tensor, targets_T: Tensor, items_BL: Tensor, step: int) -> Tensor:
+        config, items_ID = self.training_config, self.model.item_vectors()
+        if config.loss == "full_softmax":
+            return losses.full_softmax(hidden_TD, items_ID, targets_T)
+        negatives = self._negatives(targets_T, items_BL, len(items_ID) - 1, step)
+        if config.loss == "gbce":
+            return losses.gbce(hidden_TD, items_ID, targets_T, negatives, config.calibration)
+        return losses.sampled_softmax(hidden_TD, items_ID, targets_T, negatives, self.log_probability_I)
+
+    def _negatives(self, targets_T: Tensor, items_BL: Tensor, num_items: int, step: int) -> Tensor:
+        config, device = self.training_config, targets_T.device
+        shared = config.share_negatives and config.loss != "gbce"
+        rank = 0 if shared and config.negatives == "uniform" else self.global_rank  # shared draws agree on all ranks
+        source = self._generator("negatives", step, rank, device)
+        shape = (config.num_negatives,) if shared else (len(targets_T), config.num_negatives)
+        if config.negatives == "in_batch":
+            return targets_T[torch.randint(len(targets_T), shape, generator=source, device=device)]
+        negatives = torch.randint(1, num_items + 1, shape, generator=source, device=device)
+        if config.reject_history and not shared:
+            seen_BI = torch.zeros(len(items_BL), num_items + 1, dtype=torch.bool, device=device)
+            seen_BI.scatter_(1, items_BL, True)
+            rows_T1 = (items_BL != PADDING_ID).nonzero()[:, :1]
+            for _ in range(8):  # a history of half the catalogue still leaves 1 in 256 draws inside it
+                drawn = torch.randint(1, num_items + 1, shape, generator=source, device=device)
+                negatives = torch.where(seen_BI[rows_T1, negatives], drawn, negatives)
+        return negatives
+
+    def configure_optimizers(self):
+        """AdamW whose decay spares vectors (biases, norms); every trainable parameter is in exactly one group."""
+        config = self.training_config
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+        if config.schedule == "constant" and not config.warmup_steps:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            if step < config.warmup_steps:
+                return (step + 1) / config.warmup_steps
+            if config.schedule == "constant":
+                return 1.0
+            progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+            return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,180 @@
+"""The rows of a table: each is trained, evaluated once on the test targets, cached in the run folder and resumed there.
+
+`run_dir/rows/<row>/` holds `row.json` (written last, so its presence means the row is finished), `ranks.parquet`,
+`model/`, `last.ckpt` and the logs. A cached row is reused only for the same parameters, data, seed and code.
+"""
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from textrec.data.prepared import PreparedSet
+from textrec.evaluation.ranking import Ranks
+from textrec.paths import ROOT
+from textrec.provenance import code_hash, commit_state
+from textrec.schema import InputError
+from textrec.seeding import seed_everything
+from textrec.training.cost import Meter
+from textrec.training.module import TrainingConfig
+from textrec.training.presets import CONTROLS, PRESETS
+
+LOGGER = logging.getLogger(__name__)
+_SHARED_CODE = ("data/histories.py", "evaluation/ranking.py", "seeding.py")
+_CONTROL_CODE = ("evaluation/controls.py", "training/controls.py")
+_MODEL_CODE = ("models/sequence_model.py",) + tuple(
+    f"training/{name}.py" for name in ("batches", "losses", "module", "trainer")
+)
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row: what was run, the per-user test ranks, the validation curve and the cost."""
+
+    row: str
+    changed: str
+    parameters: dict[str, Any]
+    status: str  # ok | failed | out_of_memory | not_attempted
+    reason: str | None
+    ranks: Ranks | None
+    curve: list[dict[str, float]]
+    cost: dict[str, float]
+    commit: str
+
+
+def run_rows(
+    rows: Sequence[str], prepared: PreparedSet, *, seed: int, run_dir: Path, device: str = "cpu", devices: int = 1,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None, progress: bool = False,
+) -> list[RowResult]:  # fmt: skip
+    """Run the named rows on one data set and seed; finished ones are read back, interrupted ones resume.
+
+    `overrides` maps a row, or "all", to settings of its model or training configuration. A row that breaks becomes a
+    result with its reason and is tried again next time. Raises `InputError` for an unknown row or setting.
+    """
+    plans = [_plan(row, prepared, overrides or {}) for row in rows]
+    for row in overrides or {}:
+        if row != "all" and row not in rows:
+            raise InputError(f"overrides name the row {row!r}, which is not among the rows {list(rows)}")
+    return [_run_row(*plan, prepared, seed, Path(run_dir) / "rows", device, devices, progress) for plan in plans]
+
+
+def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any, TrainingConfig | None]:
+    """Resolve a row's preset and overrides to complete configurations."""
+    if row not in PRESETS:
+        raise InputError(f"row {row!r} is unknown{_closest(row, PRESETS)}; expected one of {sorted(PRESETS)}")
+    preset = PRESETS[row]
+    if preset.model in CONTROLS:
+        return row, None, None
+    config_class = model_class(preset.model).config_class
+    model_names, training_names = ({f.name for f in fields(c)} for c in (config_class, TrainingConfig))
+    model_settings = {**preset.model_settings, "num_items": prepared.num_items}
+    training_settings = dict(preset.training_settings)
+    for group in ("all", row):
+        for name, value in overrides.get(group, {}).items():
+            if name not in model_names | training_names:
+                hint = _closest(name, model_names | training_names)
+                raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
+            settings = model_settings if name in model_names else training_settings
+            settings[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return row, config_class(**model_settings), TrainingConfig(**training_settings)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"row {row!r}: {error}") from error
+
+
+def _run_row(row, config, training, prepared, seed, folder, device, devices, progress) -> RowResult:
+    preset, folder = PRESETS[row], folder / row
+    parameters = {"model": preset.model} | (asdict(config) | asdict(training) if config else {})
+    parameters = json.loads(json.dumps(parameters))  # as a record will hold them
+    key = {"row": row, "parameters": parameters, "fingerprint": prepared.fingerprint, "seed": seed,
+           "code": _row_code(preset.model)}  # fmt: skip
+    finished = folder / "row.json"
+    if finished.is_file():
+        stored = json.loads(finished.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            return RowResult(**stored["result"], ranks=Ranks.load(folder / "ranks.parquet"))
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_other_runs(folder, key)
+    commit, dirty = commit_state(_code_files(preset.model))
+    meter = Meter()
+    try:
+        seed_everything(seed)
+        if config is None:
+            from textrec.training.controls import evaluate_control
+
+            ranks, curve, tokens = evaluate_control(preset.model, prepared, seed), [], 0
+        else:
+            ranks, curve, tokens = _train_and_evaluate(preset.model, config, training, prepared, seed, folder, device,
+                                                       devices, progress)  # fmt: skip
+    except InputError:
+        raise
+    except Exception as error:  # a broken row is a row of the table; the traceback goes to the log
+        LOGGER.exception("row %s failed", row)
+        status = "out_of_memory" if isinstance(error, MemoryError) or "out of memory" in str(error) else "failed"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return RowResult(row, preset.changed, parameters, status, reason, None, [], meter.read(), commit)
+    cost = meter.read(tokens)
+    if curve:  # epochs of an interrupted run count, too
+        cost["wall_s"] = round(max(cost["wall_s"], sum(entry["seconds"] for entry in curve)), 2)
+    result = {"row": row, "changed": preset.changed, "parameters": parameters, "status": "ok", "reason": None,
+              "curve": curve, "cost": cost, "commit": commit + ("-dirty" if dirty else "")}  # fmt: skip
+    ranks.save(folder / "ranks.parquet")
+    partial = folder / f"row.json.partial-{os.getpid()}"
+    partial.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
+    os.replace(partial, finished)
+    return RowResult(**result, ranks=ranks)
+
+
+def _train_and_evaluate(model_name, config, training, prepared, seed, folder, device, devices, progress):
+    if devices > 1:
+        from textrec.training.launch import fit_in_processes
+
+        fitted = fit_in_processes(
+            model_name, config, training, prepared, seed=seed, folder=folder, device=device, devices=devices
+        )
+    else:
+        from textrec.training.trainer import fit
+
+        model = model_class(model_name)(config)
+        fitted = fit(model, prepared, training, seed=seed, folder=folder, device=device, progress=progress)
+    from textrec.training.trainer import evaluate
+
+    return evaluate(fitted.model, prepared, "test"), fitted.curve, fitted.tokens
+
+
+def model_class(name: str) -> type:
+    """Return the sequence model of that class name."""
+    from textrec.models.bert4rec import BERT4Rec
+    from textrec.models.gru4rec import GRU4Rec
+    from textrec.models.sasrec import SASRec
+
+    return {each.__name__: each for each in (SASRec, BERT4Rec, GRU4Rec)}[name]
+
+
+def _code_files(model: str) -> list[Path]:
+    own = _CONTROL_CODE if model in CONTROLS else (f"models/{model.lower()}.py", *_MODEL_CODE)
+    return [ROOT / "textrec" / name for name in _SHARED_CODE + own]
+
+
+def _row_code(model: str) -> str:
+    return code_hash(_code_files(model))
+
+
+def _forget_other_runs(folder: Path, key: dict) -> None:
+    """Remove an unfinished checkpoint of other code, parameters, data or seed: continuing it would mix two runs."""
+    marker = folder / "started.json"
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != key:
+        for stale in (folder / "last.ckpt", folder / "row.json"):
+            stale.unlink(missing_ok=True)
+    partial = folder / f"started.json.partial-{os.getpid()}"
+    partial.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    os.replace(partial, marker)
+
+
+def _closest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
