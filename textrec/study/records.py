@@ -117,6 +117,10 @@ class Record:
         """The name of the run folder: `01` or `01-ml-1m-w1`."""
         return f"{self.notebook}-{self.variant}" if self.variant else self.notebook
 
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.scale / self.label / f"seed{self.seed}"
+
     def row(self, name: str) -> dict:
         """Return one row by its name."""
         return {row["row"]: row for row in self.rows}[name]
