@@ -23,7 +23,7 @@ setup: $(READY)  ## make .venv from constraints.txt (the other targets do it whe
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with venv was found: install one, or run make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
 	touch $@
 
 test: export OMP_NUM_THREADS := 1
@@ -46,7 +46,7 @@ bench: $(READY)  ## time ours against other implementations
 
 lock:  ## resolve the newest versions that pyproject.toml allows into constraints.txt; then run make test study
 	rm -rf build/lock && "$(PYTHON)" -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --disable-pip-version-check '.[all]'
+	build/lock/bin/python -m pip install --quiet --quiet --disable-pip-version-check '.[all]'
 	{ sed -n '/^#/p' constraints.txt; build/lock/bin/python -m pip freeze --exclude textrec | sed -E 's/\+[a-z0-9.]+$$//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
