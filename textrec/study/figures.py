@@ -1,0 +1,353 @@
+"""Figures in one house style: plain plot data in, a figure out, and a saved figure carries its data and provenance.
+
+Every `plot_*` function takes what its sidecar JSON will hold, so that a colour never costs a run and every point can
+be looked up. Colours after Okabe and Ito, told apart with any colour vision; lines and points are labelled directly.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from textrec.paths import FIGURES
+from textrec.study.claims import load_claims, mismatch
+from textrec.study.records import Record, Run
+from textrec.study.tables import merged_rows
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#000000")
+GREY, FAINT = "#6B6B6B", "#D0D0D0"
+CONTROLS = ("popularity", "last_item", "markov", "random", "random_vectors", "chance", "optimum")
+WIDTH = 7.2  # inches: a report column
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "svg.hashsalt": "textrec",
+    "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def house_style():
+    """Draw in the house style inside this block; what is drawn elsewhere keeps its own."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def save_figure(figure, run: Run, name: str, data: object, *, seeds: Sequence[int] | None = None,
+                fingerprint: str | None = None, folder: Path | None = None) -> Path:  # fmt: skip
+    """Write `figures/<scale>/<label>_<name>` as .png, .svg and .json (the plotted data and its provenance).
+
+    `data` is whatever the `plot_*` function took: frames, arrays, mappings and lists of numbers and text. Equal data,
+    commit and library versions give equal bytes. Returns the path of the PNG.
+    """
+    provenance = {"scale": run.scale, "run": run.label, "seeds": [run.seed] if seeds is None else list(seeds),
+                  "commit": run.state[0], "dirty": run.state[1], "fingerprint": fingerprint}  # fmt: skip
+    _footer(figure, provenance)
+    stem = (FIGURES / run.scale if folder is None else folder) / f"{run.label}_{name}"
+    with house_style():
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            image = io.BytesIO()
+            figure.savefig(image, format=suffix, bbox_inches="tight", metadata=metadata)
+            _write(stem.with_name(f"{stem.name}.{suffix}"), image.getvalue())
+    sidecar = json.dumps(provenance | {"data": plain(data)}, indent=1, ensure_ascii=False, allow_nan=False)
+    _write(stem.with_name(f"{stem.name}.json"), f"{sidecar}\n".encode())
+    return stem.with_name(f"{stem.name}.png")
+
+
+def plain(data: object) -> object:
+    """Return frames, arrays and NumPy numbers as lists and numbers of JSON; what is not finite becomes null."""
+    if hasattr(data, "to_dict"):  # a frame or a series
+        return plain(data.to_dict(orient="records") if hasattr(data, "columns") else data.to_dict())
+    if isinstance(data, Mapping):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, np.ndarray | np.generic):
+        return plain(data.tolist())
+    if isinstance(data, list | tuple | set | range):
+        return [plain(value) for value in data]
+    return None if isinstance(data, float) and not np.isfinite(data) else data
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _footer(figure, provenance: Mapping) -> None:
+    """Write where the figure comes from under it, once however often it is saved."""
+    for text in [text for text in figure.texts if text.get_gid() == "provenance"]:
+        text.remove()
+    seeds = ", ".join(map(str, provenance["seeds"]))
+    parts = [f"scale {provenance['scale']}", f"run {provenance['run']}", f"seeds {seeds}",
+             f"commit {provenance['commit'][:7]}{' + changes' if provenance['dirty'] else ''}"]  # fmt: skip
+    if provenance["fingerprint"]:
+        parts.append(f"data {provenance['fingerprint'][:10]}")
+    if provenance["scale"] == "smoke":
+        parts.append("plumbing only: these numbers say nothing")
+    figure.text(0.0, -0.02, " · ".join(parts), fontsize=7, color=GREY, va="top", gid="provenance")
+
+
+def _subplots(height: float, columns: int = 1):
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(WIDTH, height), squeeze=False)
+
+
+def colours(rows: Iterable[str]) -> dict[str, str]:
+    """Return a colour per row: controls grey, models in the order of the palette."""
+    rows = list(dict.fromkeys(rows))
+    models = [row for row in rows if row not in CONTROLS]
+    return dict.fromkeys(rows, GREY) | {row: PALETTE[place % len(PALETTE)] for place, row in enumerate(models)}
+
+
+# ---- ladder of rows --------------------------------------------------------------------------------------------------
+
+
+def ladder_data(group: Sequence[Record], metric: str = "ndcg@10") -> dict:
+    """Return our rows over seeds and the published levels of the same set, metric and protocol, from records."""
+    first = group[0]
+    rows = [{"row": row["row"], "changed": row["changed"], "status": row["reason"] or row["status"],
+             "seeds": len(row["seeds"])} | row["metrics"].get(metric, {}) for row in merged_rows(group)]  # fmt: skip
+    name, protocol = first.dataset["name"], first.protocol
+    published = [
+        {"row": claim.row or claim.beside, "judged": claim.row is not None, "system": claim.system,
+         "paper": claim.paper, "value": claim.value, "claim": claim.id}
+        for claim in load_claims().values()
+        if claim.kind == "level" and claim.source != "P" and claim.metric == metric and first.scale != "smoke"
+        and not mismatch(claim, protocol | {"validation": claim.protocol.get("validation")}, name)
+    ]  # fmt: skip
+    known = {row["row"] for row in rows}
+    published = [marker for marker in published if marker["row"] in known]
+    return {"dataset": name, "metric": metric, "rows": rows, "published": published}
+
+
+def plot_ladder(data: Mapping):
+    """Draw every row of ours with its 95 % interval, the published levels beside it, and failed rows by name."""
+    with house_style():
+        rows = data["rows"]
+        figure, ((axes,),) = _subplots(0.9 + 0.34 * len(rows))
+        colour = colours(row["row"] for row in rows)
+        place = {row["row"]: -index for index, row in enumerate(rows)}
+        for row in rows:
+            y = place[row["row"]]
+            if row.get("value") is None:
+                axes.text(0.01, y, row["status"], color=PALETTE[1], va="center", transform=axes.get_yaxis_transform())
+                continue
+            axes.hlines(y, row["low"], row["high"], color=colour[row["row"]], linewidth=2.4)
+            axes.plot(row["value"], y, "o", color=colour[row["row"]], markersize=6)
+        for marker in sorted(data["published"], key=lambda marker: marker["judged"]):
+            style = {"color": "black", "markersize": 7} if marker["judged"] else {"color": GREY, "markersize": 5}
+            axes.plot(marker["value"], place[marker["row"]] - 0.3, "d", fillstyle="none", **style)
+        axes.plot([], [], "o", color=PALETTE[0], label="ours, 95 % interval")
+        if data["published"]:
+            axes.plot([], [], "d", color="black", fillstyle="none", label="published, the level we are judged by")
+            axes.plot([], [], "d", color=GREY, fillstyle="none", markersize=5, label="published by others")
+        axes.set_yticks(list(place.values()), list(place))
+        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"{data['metric']}, full ranking")
+        axes.set_title(data["dataset"])
+        figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+# ---- curves of training ----------------------------------------------------------------------------------------------
+
+
+def curve_data(results: Iterable) -> list[dict]:
+    """Return the epochs of `RowResult`s as plain lines: row, epoch, hours so far, train_loss, ndcg@10 (validation)."""
+    lines = []
+    for result in results:
+        seconds = 0.0
+        for entry in result.curve:
+            seconds += entry["seconds"]
+            lines.append({"row": result.row, **entry, "minutes": seconds / 60})
+    return lines
+
+
+def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch", y: str = "ndcg@10"):
+    """Draw the validation curve of every row, its best point marked and its name at the end of its line."""
+    with house_style():
+        figure, ((axes,),) = _subplots(3.6)
+        names = list(dict.fromkeys(line["row"] for line in data))
+        ends = []
+        for name, colour in colours(names).items():
+            points = [(line[x], line[y]) for line in data if line["row"] == name and line.get(y) is not None]
+            if not points:
+                continue
+            xs, ys = zip(*points, strict=True)
+            best = int(np.argmax(ys))
+            axes.plot(xs, ys, color=colour, linewidth=1.5)
+            axes.plot(xs[best], ys[best], "o", color=colour, markersize=5)
+            ends.append((xs[-1], ys[-1], name, colour))
+        axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}.get(x, x))
+        axes.set_ylabel(f"{y} on validation targets" if "loss" not in y else y.replace("_", " "))
+        _label_ends(axes, ends)
+    return figure
+
+
+def _label_ends(axes, ends: Sequence[tuple]) -> None:
+    """Name each line at its end, names moved apart so that none covers another."""
+    bottom, top = axes.get_ylim()
+    gap, level = 0.055 * (top - bottom), -np.inf
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        level = max(y, level + gap)
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(name, (x, y), xytext=(1.01, level), textcoords=axes.get_yaxis_transform(), color=colour,
+                      va="center", fontsize=8.5, arrowprops=arrow)  # fmt: skip
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def length_data(lengths: Mapping[str, np.ndarray]) -> dict[str, list]:
+    """Return the percentiles 0..100 of history lengths per data set."""
+    shares = np.arange(101)
+    return {name: np.percentile(values_U, shares, method="inverted_cdf").tolist() for name, values_U in lengths.items()}
+
+
+def plot_history_lengths(data: Mapping[str, Sequence[float]], *, cutoffs: Sequence[int] = (50, 200)):
+    """Draw the share of users with at most so many interactions, and where the models cut histories."""
+    with house_style():
+        figure, ((axes,),) = _subplots(3.4)
+        for (name, percentiles), colour in zip(data.items(), PALETTE * 3, strict=False):
+            axes.step(percentiles, range(101), where="post", color=colour, linewidth=1.6)
+            axes.annotate(name, (percentiles[50], 50), color=colour, fontsize=8.5, xytext=(4, -3),
+                          textcoords="offset points")  # fmt: skip
+        for cutoff in cutoffs:
+            axes.axvline(cutoff, color=GREY, linewidth=0.9, linestyle=":")
+            axes.text(cutoff, 101, f"cut at {cutoff}", color=GREY, fontsize=8, ha="center", va="bottom")
+        axes.set_xscale("log")
+        axes.set_xlabel("interactions of a user (log scale)")
+        axes.set_ylabel("users with at most so many (%)")
+        axes.set_ylim(0, 100)
+    return figure
+
+
+def plot_bars(data: Sequence[Mapping], *, xlabel: str, title: str = "", percent: bool = False):
+    """Draw labelled bars {label, value, low?, high?, group?}: e.g. test targets that another tie rule changes.
+
+    With `percent` values are shares and are drawn as percentages. Bars of one `group` share a colour and a name.
+    """
+    with house_style():
+        figure, ((axes,),) = _subplots(0.9 + 0.32 * len(data))
+        factor = 100 if percent else 1
+        colour = dict(zip(dict.fromkeys(bar.get("group") for bar in data), PALETTE * 3, strict=False))
+        for place, bar in enumerate(data):
+            value = bar["value"] * factor
+            axes.barh(-place, value, color=colour[bar.get("group")], height=0.62)
+            end = value
+            if bar.get("low") is not None:
+                end = max(end, bar["high"] * factor)
+                axes.hlines(-place, bar["low"] * factor, bar["high"] * factor, color="black", linewidth=1.2)
+            axes.annotate(f"{value:.1f} %" if percent else f"{value:.4g}", (end, -place), xytext=(4, 0),
+                          textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
+        axes.set_yticks([-place for place in range(len(data))], [bar["label"] for bar in data])
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"{xlabel} (%)" if percent else xlabel)
+        axes.set_title(title)
+        if len(colour) > 1:
+            handles = [axes.barh(np.nan, np.nan, color=shade, label=name) for name, shade in colour.items()]
+            figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
+    return figure
+
+
+# ---- protocols and cost ----------------------------------------------------------------------------------------------
+
+
+def protocol_data(group: Sequence[Record], metric: str = "ndcg@10", *, other: str = "seen_kept") -> list[dict]:
+    """Return per row the metric under the main protocol (x) and in the slice `other` (y), from records."""
+    return [
+        {"row": row["row"], "x": row["metrics"][metric]["value"], "y": row["slices"][other][metric]["value"]}
+        for row in merged_rows(group)
+        if metric in row["metrics"] and metric in row["slices"].get(other, {})
+    ]
+
+
+def cost_data(group: Sequence[Record], metric: str = "ndcg@10", *, cost: str = "wall_s") -> list[dict]:
+    """Return per row the mean cost of one seed (x) and the metric with its interval (y, low, high), from records."""
+    return [
+        {"row": row["row"], "x": row["cost"][cost] / max(1, len(row["seeds"])), "y": row["metrics"][metric]["value"],
+         "low": row["metrics"][metric]["low"], "high": row["metrics"][metric]["high"]}
+        for row in merged_rows(group)
+        if metric in row["metrics"] and row["cost"].get(cost)
+    ]  # fmt: skip
+
+
+def plot_scatter(data: Sequence[Mapping], *, xlabel: str, ylabel: str, diagonal: bool = False, log_x: bool = False):
+    """Draw named points {row, x, y, low?, high?}: two protocols against each other, or cost against quality.
+
+    `diagonal` draws x = y. The title says how far the two axes agree on the order of the rows (Kendall's tau).
+    """
+    with house_style():
+        figure, ((axes,),) = _subplots(4.2)
+        colour = colours(point["row"] for point in data)
+        if diagonal and data:
+            top = max(max(point["x"], point["y"]) for point in data) * 1.05
+            axes.plot([0, top], [0, top], color=GREY, linewidth=0.9, linestyle=":")
+        for point in data:
+            if point.get("low") is not None:
+                axes.vlines(point["x"], point["low"], point["high"], color=colour[point["row"]], linewidth=1.4)
+            axes.plot(point["x"], point["y"], "o", color=colour[point["row"]], markersize=6)
+        if log_x:
+            axes.set_xscale("log")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.margins(0.12)
+        if not log_x and len(data) > 1:
+            from scipy.stats import kendalltau
+
+            tau = kendalltau([point["x"] for point in data], [point["y"] for point in data]).statistic
+            axes.set_title(f"{len(data)} rows, Kendall's tau {tau:.2f}")
+        _label_points(figure, axes, data, colour)
+    return figure
+
+
+def _label_points(figure, axes, data: Sequence[Mapping], colour: Mapping[str, str]) -> None:
+    """Name each point on the side where its name covers the least of points and names."""
+    figure.draw_without_rendering()
+    centres = axes.transData.transform([(point["x"], point["y"]) for point in data])
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
+    sides = [(9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 10, "left"), (7, -10, "left"),
+             (-7, 10, "right"), (-7, -10, "right")]  # fmt: skip
+    for point in data:
+        choices = []
+        for dx, dy, side in sides:
+            label = axes.annotate(point["row"], (point["x"], point["y"]), xytext=(dx, dy), textcoords="offset points",
+                                  ha=side, va="center", fontsize=8.5, color=colour[point["row"]])  # fmt: skip
+            box = label.get_window_extent().extents
+            choices.append((sum(_overlap(box, other) for other in taken), len(choices), label, tuple(box)))
+        choices.sort(key=lambda choice: choice[:2])
+        for _, _, label, _ in choices[1:]:
+            label.remove()
+        taken.append(choices[0][3])
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
