@@ -152,9 +152,9 @@ class SyntheticSet:
         Readers: `full` knows all; `text_blind` cannot tell cold items apart; `time_blind` does not see times; `id` is
         time-blind and ranks cold items last, the best an ID model can do; `chance` scores everything alike.
         Rankings: `kept` (all candidates), `filtered` (seen items removed, the target never), `cold` (filtered, given
-        that the target is cold). All `num_items` are candidates: compare with a set prepared with `catalogue="all"`, where
-        items that nobody has are candidates, too. Score ties count with their expected rank. The best order for `filtered` is
-        exact where no item repeats; with repeats it is the level of the reader that scores by the true probability.
+        that the target is cold). All `num_items` are candidates: compare with a set prepared with `catalogue="all"`,
+        which keeps the items that nobody has. Score ties count with their expected rank. The best order for `filtered`
+        is exact where no item repeats; with repeats it is the level of scoring by the true probability.
         """
         full_UI, cold_I = self.probabilities_UI, self.truth.cold_I
         buckets = range(self.config.num_time_buckets)

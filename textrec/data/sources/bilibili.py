@@ -1,0 +1,32 @@
+"""The two-file form of the text-based collaborative filtering study (TCF): its Bilibili, MIND and H&M sets.
+
+Interactions: user, then the item ids joined by blanks, oldest first; items: id, then a text in which further tabs may
+occur. Tabs between the columns, no quoting; one release of the files has header lines, the other has none.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from textrec.data.sources import Tables
+from textrec.data.sources.frames import literal
+
+HEADERS = ("user", "userid", "user_id", "item", "itemid", "item_id", "newsid", "videoid")
+
+
+def read(connection, files: Mapping[str, Path]) -> Tables:
+    """Read `files["interactions"]` and, where given, `files["items"]`; the order of the ids is the time order."""
+    connection.execute(f"""CREATE TABLE tcf_interactions AS
+        SELECT first AS user, unnest(string_split(trim(rest), ' ')) AS item FROM ({_lines(files["interactions"])})""")
+    items = f"SELECT first AS item, rest AS title FROM ({_lines(files['items'])})" if "items" in files else None
+    return Tables(interactions="SELECT user, item FROM tcf_interactions", items=items)
+
+
+def _lines(path: Path) -> str:
+    """Split every line at its first tab and leave out a header."""
+    lines = (
+        f"read_csv({literal(path)}, delim='\\x01', header=false, quote='', escape='', auto_detect=false, "
+        "max_line_size=16000000, columns={'line': 'VARCHAR'})"
+    )
+    header = ", ".join(map(literal, HEADERS))
+    return f"""SELECT split_part(line, chr(9), 1) AS first, substr(line, strpos(line, chr(9)) + 1) AS rest
+        FROM {lines} WHERE lower(split_part(line, chr(9), 1)) NOT IN ({header})"""

@@ -1,0 +1,123 @@
+"""RecBole's atomic files: `<name>.inter` and `<name>.item`, tabs, a header of `field:type`; both directions.
+
+Types are token, token_seq (blank-separated), float and float_seq. RecBole reads the files with pandas' default quoting,
+so that a text which begins with a quotation mark would swallow its neighbours: the export writes apostrophes instead.
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from textrec.data.files import replacing
+from textrec.data.prepared import PreparedSet
+from textrec.data.sources import Tables
+from textrec.data.sources.frames import column_names, literal, quoted
+from textrec.schema import Column, InputError
+
+FIELDS = {  # ours: RecBole's usual names
+    Column.user: ("user_id",),
+    Column.item: ("item_id",),
+    Column.time: ("timestamp",),
+    Column.rating: ("rating",),
+    Column.title: ("title", "movie_title", "name"),
+}
+TYPES = ("token", "token_seq", "float", "float_seq")
+
+
+def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | None = None) -> Tables:
+    """Read `files["interactions"]` (.inter) and, where given, `files["items"]` (.item).
+
+    `columns` maps user, item, time, rating or title to another field than RecBole's usual one.
+    """
+    wanted = {**FIELDS, **{name: (field,) for name, field in (columns or {}).items()}}
+    path = files["interactions"]
+    fields = _typed_header(connection, path)
+    for name in (Column.user, Column.item):
+        if not set(wanted[name]) & set(fields):
+            raise InputError(
+                f"{path} has no field {wanted[name][0]!r} for the {name}; its fields are {', '.join(fields)}"
+            )
+    interactions = f"SELECT {_selected(fields, wanted, exclude=(Column.title,))} FROM {_scan(path)}"
+    if "items" not in files:
+        return Tables(interactions=interactions, first_line=2)
+    return Tables(interactions=interactions, items=_item_query(connection, files["items"], wanted), first_line=2)
+
+
+def _item_query(connection, path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
+    fields = _typed_header(connection, path)
+    named = _selected(fields, {name: wanted[name] for name in (Column.item, Column.title)})
+    title = "" if " AS title" in named else ", '' AS title"
+    used = {field for name in (Column.item, Column.title) for field in wanted[name]}
+    others = "".join(f", {quoted(column)} AS {quoted(field)}" for field, column in fields.items() if field not in used)
+    return f"SELECT {named}{title}{others} FROM {_scan(path)}"
+
+
+def write(interactions, items, folder: Path, name: str) -> None:
+    """Write two pandas tables (user, item, time, rating; item and texts) as `<name>/<name>.inter` and `.item`."""
+    renamed = interactions.rename(columns={Column.user: "user_id:token", Column.item: "item_id:token"})
+    renamed = renamed.rename(columns={Column.time: "timestamp:float", Column.rating: "rating:float"})
+    fields = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
+    _write(renamed[[field for field in fields if field in renamed]], folder / name / f"{name}.inter")
+    texts = {column: f"{column}:token_seq" for column in items.columns if column != Column.item}
+    joined = items.map(lambda value: " ".join(value) if isinstance(value, list) else value)
+    _write(joined.rename(columns={Column.item: "item_id:token", **texts}), folder / name / f"{name}.item")
+
+
+def export(prepared: PreparedSet, folder: Path) -> Path:
+    """Write a prepared set as `<folder>/<name>/<name>.inter` and `.item` and return that folder.
+
+    RecBole orders by `timestamp`: a set without times, or with ties, gets positions in place of seconds.
+    """
+    write(interactions_of(prepared), prepared.catalogue, folder, prepared.name)
+    return folder / prepared.name
+
+
+def interactions_of(prepared: PreparedSet):
+    """Return the histories as a pandas table of external ids: user, item, time (positions where times do not order)."""
+    import pandas
+
+    histories = prepared.histories
+    users_E = np.repeat(np.arange(histories.num_users), histories.lengths_U)
+    positions_E = np.arange(len(users_E)) - histories.offsets_U1[users_E]
+    ordered = np.all((np.diff(histories.times_E) > 0) | (np.diff(users_E) > 0))
+    columns = {
+        Column.user: prepared.users.to_numpy()[users_E],
+        Column.item: prepared.catalogue[Column.item].to_numpy()[np.asarray(histories.items_E) - 1],
+        Column.time: np.asarray(histories.times_E) if ordered else positions_E,
+    }
+    return pandas.DataFrame(columns)
+
+
+def _typed_header(connection, path: Path) -> dict[str, str]:
+    """Return field name -> column name of the header; every column must say its type."""
+    fields = {}
+    for column in column_names(connection, _scan(path), path):
+        field, colon, kind = column.rpartition(":")
+        if not colon or kind not in TYPES:
+            raise InputError(
+                f"{path}: the header field {column!r} has no type; expected name:type, type one of {', '.join(TYPES)}"
+            )
+        fields[field] = column
+    return fields
+
+
+def _selected(fields: Mapping[str, str], wanted: Mapping[str, tuple[str, ...]], exclude: tuple[str, ...] = ()) -> str:
+    found = {
+        name: [field for field in names if field in fields] for name, names in wanted.items() if name not in exclude
+    }
+    return ", ".join(f"{quoted(fields[names[0]])} AS {name}" for name, names in found.items() if names)
+
+
+def _scan(path: Path) -> str:
+    return (
+        f"read_csv({literal(path)}, delim='\\t', header=true, all_varchar=true, quote='', escape='', strict_mode=true)"
+    )
+
+
+def _write(table, path: Path) -> None:
+    texts = table.select_dtypes(include=["object", "string"]).columns
+    plain = table[texts].replace({r"\s+": " ", '"': "'"}, regex=True)
+    with replacing(path) as partial:
+        table.assign(**plain).to_csv(partial, sep="\t", index=False, quoting=csv.QUOTE_NONE)
