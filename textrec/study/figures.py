@@ -123,6 +123,11 @@ def colours(rows: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(rows, GREY) | {row: PALETTE[place % len(PALETTE)] for place, row in enumerate(models)}
 
 
+def _ink(colour: str) -> tuple[float, ...]:
+    """Return a colour dark enough for text."""
+    return tuple(0.72 * int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+
+
 # ---- ladder of rows --------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +159,8 @@ def plot_ladder(data: Mapping):
         for row in rows:
             y = place[row["row"]]
             if row.get("value") is None:
-                axes.text(0.01, y, row["status"], color=PALETTE[1], va="center", transform=axes.get_yaxis_transform())
+                at_left = axes.get_yaxis_transform()
+                axes.text(0.01, y, row["status"][:90], color=_ink(PALETTE[1]), va="center", transform=at_left)
                 continue
             axes.hlines(y, row["low"], row["high"], color=colour[row["row"]], linewidth=2.4)
             axes.plot(row["value"], y, "o", color=colour[row["row"]], markersize=6)
@@ -179,7 +185,7 @@ def plot_ladder(data: Mapping):
 
 
 def curve_data(results: Iterable) -> list[dict]:
-    """Return the epochs of `RowResult`s as plain lines: row, epoch, hours so far, train_loss, ndcg@10 (validation)."""
+    """Return the epochs of `RowResult`s as lines: row, epoch, minutes so far, train_loss, ndcg@10 (validation)."""
     lines = []
     for result in results:
         seconds = 0.0
@@ -190,7 +196,7 @@ def curve_data(results: Iterable) -> list[dict]:
 
 
 def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch", y: str = "ndcg@10"):
-    """Draw the validation curve of every row, its best point marked and its name at the end of its line."""
+    """Draw the validation curve of every row, its best point marked and its name at its end; `x` may be "minutes"."""
     with house_style():
         figure, ((axes,),) = _subplots(3.6)
         names = list(dict.fromkeys(line["row"] for line in data))
@@ -200,9 +206,10 @@ def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch", y: str 
             if not points:
                 continue
             xs, ys = zip(*points, strict=True)
-            best = int(np.argmax(ys))
             axes.plot(xs, ys, color=colour, linewidth=1.5)
-            axes.plot(xs[best], ys[best], "o", color=colour, markersize=5)
+            if "loss" not in y:
+                best = int(np.argmax(ys))
+                axes.plot(xs[best], ys[best], "o", color=colour, markersize=5)
             ends.append((xs[-1], ys[-1], name, colour))
         axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}.get(x, x))
         axes.set_ylabel(f"{y} on validation targets" if "loss" not in y else y.replace("_", " "))
@@ -217,7 +224,7 @@ def _label_ends(axes, ends: Sequence[tuple]) -> None:
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         level = max(y, level + gap)
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-        axes.annotate(name, (x, y), xytext=(1.01, level), textcoords=axes.get_yaxis_transform(), color=colour,
+        axes.annotate(name, (x, y), xytext=(1.01, level), textcoords=axes.get_yaxis_transform(), color=_ink(colour),
                       va="center", fontsize=8.5, arrowprops=arrow)  # fmt: skip
 
 
@@ -235,13 +242,13 @@ def plot_history_lengths(data: Mapping[str, Sequence[float]], *, cutoffs: Sequen
     with house_style():
         figure, ((axes,),) = _subplots(3.4)
         for (name, percentiles), colour in zip(data.items(), PALETTE * 3, strict=False):
-            axes.step(percentiles, range(101), where="post", color=colour, linewidth=1.6)
-            axes.annotate(name, (percentiles[50], 50), color=colour, fontsize=8.5, xytext=(4, -3),
-                          textcoords="offset points")  # fmt: skip
+            axes.step(percentiles, range(101), where="post", color=colour, linewidth=1.6, label=name)
         for cutoff in cutoffs:
             axes.axvline(cutoff, color=GREY, linewidth=0.9, linestyle=":")
             axes.text(cutoff, 101, f"cut at {cutoff}", color=GREY, fontsize=8, ha="center", va="bottom")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        figure.legend(loc="outside right center", fontsize=8.5)
         axes.set_xlabel("interactions of a user (log scale)")
         axes.set_ylabel("users with at most so many (%)")
         axes.set_ylim(0, 100)
@@ -340,7 +347,7 @@ def _label_points(figure, axes, data: Sequence[Mapping], colour: Mapping[str, st
         choices = []
         for dx, dy, side in sides:
             label = axes.annotate(point["row"], (point["x"], point["y"]), xytext=(dx, dy), textcoords="offset points",
-                                  ha=side, va="center", fontsize=8.5, color=colour[point["row"]])  # fmt: skip
+                                  ha=side, va="center", fontsize=8.5, color=_ink(colour[point["row"]]))  # fmt: skip
             box = label.get_window_extent().extents
             choices.append((sum(_overlap(box, other) for other in taken), len(choices), label, tuple(box)))
         choices.sort(key=lambda choice: choice[:2])

@@ -129,13 +129,14 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
 
 
 def _differences(group: Sequence[Record], claims: Mapping[str, Claim]) -> dict[tuple[str, str, str], tuple]:
-    found: dict[str, list[dict]] = {}
+    found: dict[tuple[str, str, str], list[dict]] = {}
     for entry in (entry for record in group for entry in record.claims):
         claim = claims.get(entry["id"])
         if claim is not None and claim.kind == "ordering" and entry["low"] is not None:
-            found.setdefault(claim.id, []).append(entry | {"value": entry["measured"]})
-    combined = {claims[name]: combine(entries) for name, entries in found.items()}
-    return {(c.row, c.over, c.metric): (e["value"], e["low"], e["high"]) for c, e in combined.items()}
+            place = (claim.row, claim.over, claim.metric)
+            found.setdefault(place, []).append(entry | {"value": entry["measured"]})
+    combined = {place: combine(entries) for place, entries in found.items()}
+    return {place: (entry["value"], entry["low"], entry["high"]) for place, entry in combined.items()}
 
 
 def judge_run(run: Run, prepared: PreparedSet, rows: Sequence[Mapping], results: Iterable = ()) -> list[Verdict]:
