@@ -7,7 +7,12 @@ from textrec.data.sources.frames import quoted
 from textrec.schema import InputError
 
 DROPPED_BLOCK = re.compile(r"<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->|<[a-zA-Z]+(?:\s+[\w-]+=\"[^\"]*\"?)+\s*$", re.DOTALL)
+TAG = re.compile(
+    r"</?[a-zA-Z][^<>]*>|<!--.*?-->"
+    r"|<[a-zA-Z]+(?:\s+[\w-]+=\"[^\"]*\"?)+\s*$"  # a tag whose end the publisher cut off
+    r"|\"?\s*/>",  # a tag whose beginning was cut off
+    re.DOTALL,
+)
 SPACE = re.compile(r"\s+")
 
 
@@ -15,10 +20,10 @@ def clean_text(text: str | None) -> str:
     """Return `text` without tags, with entities resolved and white space collapsed.
 
     Entities are resolved twice because publishers escape already escaped text (`&amp;quot;`); tags go before and
-    after, as `&lt;br&gt;` is a tag, too. A tag that the publisher cut off at the end of the field goes as well.
+    after, as `&lt;br&gt;` is a tag, too. The halves of tags that the publisher's crawler cut off go as well.
     """
     text = text or ""
-    if "<" in text or "&" in text:
+    if "<" in text or "&" in text or "/>" in text:
         text = html.unescape(html.unescape(_without_tags(text)))
         text = _without_tags(text)
     return SPACE.sub(" ", text).strip()
@@ -28,53 +33,64 @@ def _without_tags(text: str) -> str:
     return TAG.sub(" ", DROPPED_BLOCK.sub(" ", text))
 
 
-def build_catalogue(connection, items_query: str | None, duplicate_items: str, unknown_items: str) -> dict:
+def build_catalogue(connection, items_query: str | None, *, duplicate_items: str, unknown_items: str) -> dict[str, int]:
     """Create the table `catalogue` (item, title, text columns) in the order of the table `kept_items`; return counts.
 
-    `kept_items` has the columns `item` (external id) and `number` (internal id from 1). Lists become one text joined by
-    ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
+    `kept_items` has the columns `item` (external id) and `_number` (internal id from 1). Lists become one text joined
+    by ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
     """
     if items_query is None:
-        connection.execute("CREATE TABLE catalogue AS SELECT number, item, '' AS title FROM kept_items ORDER BY number")
-        return {"listed": 0, "duplicate_rows": 0, "without_row": _count(connection, "kept_items"), "without_title": _count(connection, "kept_items")}
-    connection.execute(f"""CREATE TABLE listed AS SELECT row_number() OVER () AS row, source.* REPLACE (CAST(item AS VARCHAR) AS item)
-        FROM ({items_query}) AS source""")
-    listed, distinct = connection.execute("SELECT count(*), count(DISTINCT item) FROM listed").fetchall()[0]
+        connection.execute("CREATE TABLE catalogue AS SELECT _number, item, '' AS title FROM kept_items")
+        kept = _count(connection, "kept_items")
+        return {"listed": 0, "duplicate_rows": 0, "without_row": kept, "without_title": kept}
+    connection.execute(f"""CREATE TABLE listed AS SELECT row_number() OVER () AS _row,
+        source.* REPLACE (trim(CAST(item AS VARCHAR)) AS item) FROM ({items_query}) AS source""")
+    listed, distinct = connection.execute("SELECT count(item), count(DISTINCT item) FROM listed").fetchall()[0]
     if duplicate_items == "refuse" and listed > distinct:
-        repeated = connection.execute("SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(row) LIMIT 1").fetchall()[0][0]
-        raise InputError(f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge its rows")
-    _clean_columns(connection)
-    counts = {
+        query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(_row) LIMIT 1"
+        repeated = connection.execute(query).fetchall()[0][0]
+        raise InputError(
+            f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge rows"
+        )
+    absent = "kept_items ANTI JOIN listed USING (item)"
+    without_row = _count(connection, absent)
+    if unknown_items == "refuse" and without_row:
+        item = connection.execute(f"SELECT item FROM {absent} ORDER BY _number LIMIT 1").fetchall()[0][0]
+        raise InputError(
+            f"{without_row} items of the interactions have no row in the item table, first {item!r}: "
+            "choose unknown_items 'keep' to give them an empty title"
+        )
+    _merge_rows(connection)
+    return {
         "listed": listed,
         "duplicate_rows": listed - distinct,
-        "without_row": _count(connection, "kept_items WHERE item NOT IN (SELECT item FROM listed)"),
+        "without_row": without_row,
         "without_title": _count(connection, "catalogue WHERE title = ''"),
     }
-    if unknown_items == "refuse" and counts["without_row"]:
-        item = connection.execute("SELECT item FROM kept_items WHERE item NOT IN (SELECT item FROM listed) ORDER BY number LIMIT 1").fetchall()[0][0]
-        raise InputError(f"{counts['without_row']} items of the interactions have no row in the item table, first {item!r}: choose unknown_items 'keep' to give them an empty title")
-    return counts
 
 
-def _clean_columns(connection) -> None:
+def _merge_rows(connection) -> None:
     connection.create_function("clean_text", clean_text, ["VARCHAR"], "VARCHAR", null_handling="special")
-    names = [row[0] for row in connection.execute("DESCRIBE listed").fetchall() if row[0] not in ("row", "item")]
+    names = [row[0] for row in connection.execute("DESCRIBE listed").fetchall() if row[0] not in ("_row", "item")]
     cleaned = ", ".join(f"clean_text({text_of(quoted(name))}) AS {quoted(name)}" for name in names)
-    connection.execute(f"CREATE TABLE cleaned AS SELECT row, item, {cleaned} FROM listed SEMI JOIN kept_items USING (item)")
-    merged = ", ".join(
-        f"coalesce(arg_min({quoted(name)}, row) FILTER (WHERE {quoted(name)} <> ''), '') AS {quoted(name)}" for name in names
+    connection.execute(
+        f"CREATE TABLE cleaned AS SELECT _row, item, {cleaned} FROM listed SEMI JOIN kept_items USING (item)"
     )
+    first = "arg_min({0}, _row) FILTER (WHERE {0} <> '') AS {0}"
+    merged = ", ".join(first.format(quoted(name)) for name in names)
     filled = ", ".join(f"coalesce({quoted(name)}, '') AS {quoted(name)}" for name in names)
-    connection.execute(f"""CREATE TABLE catalogue AS SELECT number, item, {filled} FROM kept_items
-        LEFT JOIN (SELECT item, {merged} FROM cleaned GROUP BY item) USING (item) ORDER BY number""")
+    connection.execute(f"""CREATE TABLE catalogue AS SELECT _number, item, {filled} FROM kept_items
+        LEFT JOIN (SELECT item, {merged} FROM cleaned GROUP BY item) USING (item)""")
 
 
 def text_of(column: str) -> str:
     """Return the SQL that turns any value into text: lists (nested or not) are joined by ", ", NULL becomes empty."""
     value = f"to_json({column})"
+    flat = f"json_extract_string({value}, '$[*]')"
+    nested = f"json_extract_string({value}, '$[*][*]')"
+    parts = f"CASE json_type({value}, '$[0]') WHEN 'ARRAY' THEN {nested} ELSE {flat} END"
     return f"""CASE json_type({value}) WHEN 'NULL' THEN '' WHEN 'VARCHAR' THEN {value}->>'$'
-        WHEN 'ARRAY' THEN array_to_string(list_filter(CASE WHEN json_type({value}, '$[0]') = 'ARRAY'
-            THEN json_extract_string({value}, '$[*][*]') ELSE json_extract_string({value}, '$[*]') END, lambda x: x <> ''), ', ')
+        WHEN 'ARRAY' THEN array_to_string(list_filter({parts}, lambda part: part <> ''), ', ')
         ELSE CAST({value} AS VARCHAR) END"""
 
 

@@ -20,14 +20,12 @@ class FilterSteps:
         self._progress = progress
         self.record("read")
 
-    def keep(self, step: str, query: str) -> bool:
-        """Replace `log` by `query` and record the counts; return whether rows were lost."""
+    def keep(self, step: str, query: str) -> None:
+        """Replace `log` by `query` and record the counts."""
         self.connection.execute(f"CREATE OR REPLACE TABLE kept AS {query}")
         self.connection.execute("DROP TABLE log")
         self.connection.execute("ALTER TABLE kept RENAME TO log")
-        before = self.counts[-1]["interactions"]
         self.record(step)
-        return self.counts[-1]["interactions"] < before
 
     def record(self, step: str) -> None:
         """Record the counts of the table as it is; an empty table is the user's mistake."""
@@ -70,9 +68,12 @@ def keep_core(steps: FilterSteps, *, min_user: int, min_item: int, order: str, r
     conditions = [condition for condition in conditions if condition]
     if order == "together" and conditions:
         conditions = [" AND ".join(conditions)]
-    lost = True
-    passes = 0
+    minima = ", ".join(f"{kind} >= {k}" for kind, k in (("users", min_user), ("items", min_item)) if k > 1)
+    lost, passes = True, 0
     while conditions and lost and (repeat or passes == 0):
         passes += 1
-        name = f"users >= {min_user}, items >= {min_item}, pass {passes}"
-        lost = any([steps.keep(name, f"SELECT * FROM log WHERE {condition}") for condition in conditions])
+        name = f"interactions of {minima}" + (f", pass {passes}" if repeat else "")
+        before = steps.counts[-1]["interactions"]
+        for condition in conditions:
+            steps.keep(name, f"SELECT * FROM log WHERE {condition}")
+        lost = steps.counts[-1]["interactions"] < before

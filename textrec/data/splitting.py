@@ -25,15 +25,15 @@ def split_histories(
 
     leave_one_out: the last interaction is the test target and the one before it the validation target; users with fewer
       than 3 interactions only train.
-    global_time: interactions from the (1 - test_share) quantile of all times on are the test period, an equally long share
+    global_time: interactions from the (1 - test_share) quantile of all times on are the test period, an equal share
       before it the validation period; the target is the user's last interaction in a period.
     ratio: the last `test_share` of each history (rounded up) is held out and its first interaction is the test target;
       the validation target opens an equal share before it.
     users: a random `test_share` of the users is never trained on and tested on the last interaction; as many others
       are validation users; everybody else trains on everything.
 
-    `validation`: all, none, or the number of random users who give up a validation target; the interactions nobody gives
-    up for validation are trained on. `cold_targets="drop"` removes targets whose item no training interaction has.
+    `validation`: all, none, or the number of random users who give up a validation target; the interactions nobody
+    gives up for validation are trained on. `cold_targets="drop"` removes targets whose item no training interaction has.
     """
     if split == "global_time" and not histories.times_E.any():
         raise InputError("split is 'global_time' but the source has an order only, no times")
@@ -49,7 +49,9 @@ def split_histories(
         if validation != "none":
             candidates = np.flatnonzero(validation_U >= 0)
             if validation > len(candidates):
-                raise InputError(f"validation is {validation} users but only {len(candidates)} have a validation target")
+                raise InputError(
+                    f"validation is {validation} users but only {len(candidates)} have a validation target"
+                )
             chosen_U[generator(seed, "validation").choice(candidates, validation, replace=False)] = True
         validation_U = np.where(chosen_U, validation_U, -1)
         train_end_U = np.where(chosen_U, train_end_U, test_start_U)
@@ -141,11 +143,18 @@ def _users(histories: Histories, share: float, numbers: np.random.Generator):
     lengths_U = histories.lengths_U
     count = math.ceil(share * histories.num_users)
     if 2 * count >= histories.num_users:
-        raise InputError(f"test_share is {share}: with as many validation users nobody of {histories.num_users} is left to train on")
+        raise InputError(
+            f"test_share is {share}: with as many validation users nobody of {histories.num_users} is left to train on"
+        )
     order = numbers.permutation(histories.num_users)
     group_U = np.zeros(histories.num_users, dtype=np.int8)
     group_U[order[:count]] = 1
     group_U[order[count : 2 * count]] = 2
     last_U = np.where(lengths_U >= 2, lengths_U - 1, -1)
     start_U = np.where(group_U == 1, 0, lengths_U)
-    return start_U, np.where(group_U == 1, last_U, -1), np.where(group_U == 0, lengths_U, 0), np.where(group_U == 2, last_U, -1)
+    return (
+        start_U,
+        np.where(group_U == 1, last_U, -1),
+        np.where(group_U == 0, lengths_U, 0),
+        np.where(group_U == 2, last_U, -1),
+    )

@@ -5,7 +5,6 @@ the roles of a recipe in `sets.yaml` ("interactions", "items", ...) to existing 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)

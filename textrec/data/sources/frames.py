@@ -1,5 +1,8 @@
 """Bring your own two files: interactions and, optionally, items as TSV, CSV, JSON lines or Parquet, gzipped or not."""
 
+import csv
+import gzip
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +16,7 @@ ALIASES = {
     Column.rating: ("rating",),
 }
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-DELIMITERS = {".tsv": "\\t", ".txt": "\\t", ".csv": ","}
+DELIMITERS = {".tsv": "\t", ".txt": "\t", ".csv": ","}
 
 
 def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | None = None) -> Tables:
@@ -26,9 +29,7 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
     columns = dict(columns or {})
     unknown = set(columns) - {Column.user, Column.item, Column.time, Column.rating, Column.title}
     if unknown:
-        raise InputError(
-            f"columns names {sorted(unknown)[0]!r}, which is none of user, item, time, rating, title"
-        )
+        raise InputError(f"columns names {sorted(unknown)[0]!r}, which is none of user, item, time, rating, title")
     path = files["interactions"]
     relation = scan(path)
     names = column_names(connection, relation, path)
@@ -44,15 +45,35 @@ def scan(path: Path) -> str:
     suffix = suffix_of(path)
     if suffix in DELIMITERS:
         quote = '"' if suffix == ".csv" else ""
-        return (
-            f"read_csv({literal(path)}, delim='{DELIMITERS[suffix]}', header=true, all_varchar=true, "
-            f"quote='{quote}', escape='{quote}', strict_mode=true, null_padding=false)"
+        types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header_names(path))
+        return (  # nothing is detected: detection skips lines that it does not understand
+            f"read_csv({literal(path)}, delim='{DELIMITERS[suffix]}', header=true, auto_detect=false, "
+            f"quote='{quote}', escape='{quote}', columns={{{types}}})"
         )
     if suffix in JSON_SUFFIXES:
         return f"read_json({literal(path)}, format='newline_delimited', maximum_depth=1, sample_size=-1)"
     if suffix == ".parquet":
         return f"read_parquet({literal(path)})"
     raise InputError(f"{path} has the suffix {suffix!r}; expected .tsv, .csv, .jsonl or .parquet, optionally with .gz")
+
+
+def header_names(path: Path) -> list[str]:
+    """Return the column names in the first line of a delimited text file."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            line = file.readline().decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}, line 1 cannot be read: {error}") from error
+    names = next(csv.reader([line], delimiter=DELIMITERS[suffix_of(path)]), [])
+    if not names or "" in names or len(set(names)) < len(names):
+        raise InputError(f"{path}, line 1: expected a header of distinct column names, found {names}")
+    return names
+
+
+def open_text(path: Path):
+    """Open a UTF-8 text file, gzipped or not; a byte order mark is skipped."""
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def column_names(connection, relation: str, path: Path) -> list[str]:
@@ -83,7 +104,7 @@ def _find(name: str, names: list[str], columns: Mapping[str, str], path: Path) -
 
 
 def _value(path: Path, name: str) -> str:
-    """A value without the quotes that JSON text carries."""
+    """Return the SQL of a value without the quotes that JSON text carries."""
     return f"{quoted(name)}->>'$'" if suffix_of(path) in JSON_SUFFIXES else quoted(name)
 
 

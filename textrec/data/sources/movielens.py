@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import literal
+from textrec.data.sources.frames import literal, scan
 
 
 def read_csv(connection, files: Mapping[str, Path]) -> Tables:
     """Read `ratings.csv` and `movies.csv` (latest-small, 20M, 25M, 32M; UTF-8, quoted titles)."""
-    ratings, movies = files["interactions"], files["items"]
+    ratings, movies = scan(files["interactions"]), scan(files["items"])
     return Tables(
-        interactions=f"""SELECT "userId" AS user, "movieId" AS item, "timestamp" AS time, rating
-            FROM read_csv({literal(ratings)}, header=true, all_varchar=true, delim=',', quote='"', escape='"')""",
-        items=f"""SELECT "movieId" AS item, title, string_split(genres, '|') AS genres
-            FROM read_csv({literal(movies)}, header=true, all_varchar=true, delim=',', quote='"', escape='"')""",
+        interactions=f'SELECT "userId" AS user, "movieId" AS item, "timestamp" AS time, rating FROM {ratings}',
+        items=f"""SELECT "movieId" AS item, title, string_split(genres, '|') AS genres FROM {movies}""",
         first_line=2,
     )
 
@@ -27,9 +25,8 @@ def read_1m(connection, files: Mapping[str, Path]) -> Tables:
 
 def read_100k(connection, files: Mapping[str, Path]) -> Tables:
     """Read `u.data` (tabs) and `u.item` (ISO-8859-1, fields separated by `|`, 19 genre flags named in `u.genre`)."""
-    names = [row[0] for row in connection.execute(
-        f"SELECT genre FROM {_plain(files['genres'], '|', ('genre', 'number'))} WHERE genre <> ''"
-    ).fetchall()]
+    named = _plain(files["genres"], "|", ("genre", "number"))
+    names = [row[0] for row in connection.execute(f"SELECT genre FROM {named} WHERE genre <> ''").fetchall()]
     flags = tuple(f"flag_{number}" for number in range(len(names)))
     movies = _plain(files["items"], "|", ("item", "title", "released", "video_released", "url", *flags))
     genres = ", ".join(
@@ -43,7 +40,7 @@ def read_100k(connection, files: Mapping[str, Path]) -> Tables:
 
 
 def read_sasrec_text(connection, files: Mapping[str, Path]) -> Tables:
-    """Read the ready-made "user item" lines; titles come from `movies.dat` through the published map of item numbers."""
+    """Read the ready-made "user item" lines; titles come from `movies.dat` through the published item map."""
     lines = _plain(files["interactions"], " ", ("user", "item"))
     items = None
     if "item_to_movie" in files:
@@ -60,7 +57,7 @@ def _movies_dat(path: Path) -> str:
 
 
 def _plain(path: Path, delimiter: str, names: tuple[str, ...]) -> str:
-    """A scan of a file without header or quotes, in the encoding all GroupLens files before 2014 use."""
+    """Return the scan of a file without header or quotes, in the encoding of GroupLens files before 2014."""
     columns = ", ".join(f"'{name}': 'VARCHAR'" for name in names)
     return (
         f"read_csv({literal(path)}, delim='{delimiter}', header=false, quote='', escape='', encoding='latin-1', "

@@ -1,0 +1,149 @@
+"""Amazon reviews and metadata of 2014, 2018 and 2023 (McAuley lab) as published: JSON lines, and ratings-only CSV."""
+
+import ast
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from textrec.data.sources import Tables
+from textrec.data.sources.frames import literal, open_text
+from textrec.schema import InputError
+
+REVIEW_FIELDS = {  # a field only this edition has: user, item, time, rating
+    "reviewerID": ("reviewerID", "asin", "unixReviewTime", "overall"),
+    "user_id": ("user_id", "parent_asin", "timestamp", "rating"),
+}
+ITEM_FIELDS = {  # the item id of the edition: title, brand, category, description, feature, price
+    "parent_asin": ("title", "store", "categories", "description", "features", "price"),
+    "asin": ("title", "brand", "category", "description", "feature", "price"),
+}
+CANONICAL = ("title", "brand", "category", "description", "feature", "price")
+LITERAL_BATCH = 20_000
+
+
+def read(connection, files: Mapping[str, Path]) -> Tables:
+    """Read `interactions` (reviews) and, where given, `items` (metadata), each of any edition, told by its fields.
+
+    Times of 2023 are milliseconds: their order is kept, seconds are stored. Only the named fields are looked at, so
+    `rank` and the like may change type from row to row.
+    """
+    path = files["interactions"]
+    keys = first_record(path)
+    edition = next((fields for key, fields in REVIEW_FIELDS.items() if key in keys), ())
+    missing = [name for name in edition or ("reviewerID",) if name not in keys]
+    if missing:
+        raise InputError(f"{path} has no field {missing[0]!r} in line 1; its fields are {', '.join(keys)}")
+    user, item, time, rating = edition
+    relation = _json(path, dict.fromkeys(edition, "VARCHAR"))
+    seconds = _seconds(f'"{time}"') if time == "timestamp" else f'"{time}"'
+    query = f'SELECT "{user}" AS user, "{item}" AS item, {seconds} AS time, "{rating}" AS rating FROM {relation}'
+    items = _item_query(connection, files["items"]) if "items" in files else None
+    return Tables(interactions=query, items=items)
+
+
+def read_ratings(connection, files: Mapping[str, Path], columns: list[str]) -> Tables:
+    """Read a ratings-only CSV whose `columns` are user, item, rating, time in the edition's order.
+
+    2014: user, item, rating, time. 2018: item, user, rating, time. 2023 as 2014, with a header and milliseconds.
+    """
+    path = files["interactions"]
+    with open_text(path) as file:
+        header = file.readline().startswith("user_id,")
+    types = ", ".join(f"'{name}': 'VARCHAR'" for name in columns)
+    relation = f"read_csv({literal(path)}, delim=',', header={header}, auto_detect=false, columns={{{types}}})"
+    time = _seconds("time") if header else "time"
+    items = _item_query(connection, files["items"]) if "items" in files else None
+    query = f"SELECT user, item, {time} AS time, rating FROM {relation}"
+    return Tables(interactions=query, items=items, first_line=2 if header else 1)
+
+
+def first_record(path: Path) -> dict:
+    """Return the first line of a file of JSON lines or, as the metadata of 2014, of Python literals."""
+    with open_text(path) as file:
+        line = file.readline()
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = _literal(path, 1, line)
+    if not isinstance(record, dict):
+        raise InputError(f"{path}, line 1: expected a JSON object with named fields")
+    return record
+
+
+def _item_query(connection, path: Path) -> str:
+    with open_text(path) as file:
+        line = file.readline()
+    if not _is_json(line):
+        return _literal_items(connection, path)
+    item = next((key for key in ITEM_FIELDS if key in first_record(path)), None)
+    if item is None:
+        raise InputError(f"{path} has no field 'asin' or 'parent_asin' in line 1")
+    fields = ITEM_FIELDS[item]
+    relation = _json(path, {item: "VARCHAR"} | dict.fromkeys(fields, "JSON"))
+    named = [f'"{name}" AS {canonical}' for name, canonical in zip(fields[:-1], CANONICAL, strict=False)]
+    # "$1,004.99", "$4.99 - $6.99" (the lowest), 4.99, or a piece of a style sheet (none)
+    price = """replace(regexp_extract("price"->>'$', '^\\s*\\$?\\s*([0-9][0-9,]*(\\.[0-9]+)?)', 1), ',', '') AS price"""
+    return f'SELECT "{item}" AS item, {", ".join([*named, price])} FROM {relation}'
+
+
+def _literal_items(connection, path: Path) -> str:
+    """Load the metadata of 2014, one Python literal a line, into a table: no SQL reads that format."""
+    import pyarrow
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("item", *CANONICAL)])
+    reader = pyarrow.RecordBatchReader.from_batches(schema, _literal_batches(path, schema))
+    connection.register("amazon_literals", reader)
+    connection.execute("CREATE TABLE amazon_items AS SELECT * FROM amazon_literals")
+    connection.unregister("amazon_literals")
+    return "SELECT * FROM amazon_items"
+
+
+def _literal_batches(path: Path, schema) -> Iterator:
+    import pyarrow
+
+    rows: list[dict] = []
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            record = _literal(path, number, line)
+            paths = record.get("categories", [])
+            categories = dict.fromkeys(name for names in paths for name in names)  # paths share their first names
+            rows.append(
+                {
+                    "item": record.get("asin"),
+                    "title": record.get("title"),
+                    "brand": record.get("brand"),
+                    "category": ", ".join(categories),
+                    "description": record.get("description"),
+                    "feature": None,
+                    "price": str(record["price"]) if "price" in record else None,
+                }
+            )
+            if len(rows) == LITERAL_BATCH:
+                yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+                rows = []
+    yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _literal(path: Path, number: int, line: str) -> dict:
+    try:
+        return ast.literal_eval(line)
+    except (ValueError, SyntaxError) as error:
+        raise InputError(f"{path}, line {number}: neither a JSON object nor a Python literal: {line[:40]!r}") from error
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _seconds(column: str) -> str:
+    """Milliseconds as text to seconds as text; what is no number stays for the check that names it."""
+    return f"coalesce(CAST(try_cast({column} AS DOUBLE) / 1000 AS VARCHAR), {column})"
+
+
+def _json(path: Path, columns: Mapping[str, str]) -> str:
+    types = ", ".join(f"{literal(name)}: '{kind}'" for name, kind in columns.items())
+    return f"read_json({literal(path)}, format='newline_delimited', columns={{{types}}})"

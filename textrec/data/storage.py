@@ -1,0 +1,116 @@
+"""Folders that appear whole or not at all, arrays written by appending, and the database that works beside them."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+MEMORY_LIMIT = "2GB"  # of DuckDB; beyond it, tables spill to the partial folder
+
+
+class ArrayFile:
+    """A .npy file of known length that grows by appending; plain writes, as a full disk kills a memory map."""
+
+    def __init__(self, file, dtype, length: int):
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.file, self.dtype, self.digest = file, dtype, hashlib.sha256()
+
+    def append(self, values: np.ndarray) -> None:
+        """Write `values` behind what is there."""
+        data = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+
+
+@contextmanager
+def array_file(path: Path, dtype, length: int) -> Iterator[ArrayFile]:
+    """Open `path` for appending `length` numbers of `dtype`."""
+    with path.open("wb") as file:
+        yield ArrayFile(file, dtype, length)
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """Yield a partial folder beside `folder` that takes its place, synced, when the block ends well; else it goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        _take_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    old = partial.with_name(f"{partial.name}-old")
+    for _attempt in range(10):  # another process may put its own copy in place between the two renames
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.parent.glob(f"{folder.name}.partial-*"):
+        pid = int(path.name.rsplit(".partial-", 1)[1].split("-")[0])
+        if pid == os.getpid() or not _alive(pid):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def database(folder: Path) -> Iterator:
+    """Yield a DuckDB connection that works and spills in `folder`, which is gone afterwards."""
+    import duckdb
+
+    folder.mkdir()
+    connection = duckdb.connect(
+        str(folder / "work.duckdb"),
+        config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(folder / "spill")},
+    )
+    connection.execute("SET enable_progress_bar = false")
+    try:
+        yield connection
+    finally:
+        connection.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
