@@ -81,7 +81,7 @@ def plain(data: object) -> object:
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, np.ndarray | np.generic):
         return plain(data.tolist())
-    if isinstance(data, list | tuple | set | range):
+    if isinstance(data, list | tuple | range):
         return [plain(value) for value in data]
     return None if isinstance(data, float) and not np.isfinite(data) else data
 
