@@ -13,7 +13,7 @@ from models.behaviours import (
     assert_save_load_identical,
     later_items_move_earlier_states,
     random_histories,
-)  # fmt: skip
+)
 
 from textrec.models.bert4rec import BERT4Rec, BERT4RecConfig
 from textrec.models.gru4rec import GRU4Rec, GRU4RecConfig
