@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from textrec.data.audit import Audit
 from textrec.data.prepared import PreparedSet
 from textrec.data.splitting import training_counts
 from textrec.paths import ROOT, RUNS
@@ -261,6 +262,23 @@ def measured_row(result, prepared: PreparedSet) -> dict:
         counts = result.ranks.filtered.subset(mask_U)
         row["slices"][name] = exact(users=len(counts.higher_U)) | intervals(counts, SLICE_KS)
     return row
+
+
+def statistics_row(name: str, prepared: PreparedSet, findings: Audit) -> dict:
+    """Return a data set as a row: sizes, lengths, density and, where times are known, ties and what they decide.
+
+    The interval of `target_churn` is the range over the draws of the audit.
+    """
+    lengths_U, ties = prepared.histories.lengths_U, prepared.details["ties"]
+    metrics = exact(**prepared.details["counts"], mean_length=lengths_U.mean(), median_length=np.median(lengths_U),
+                    density=lengths_U.mean() / prepared.num_items)  # fmt: skip
+    if ties and findings.draws:
+        users, positions = prepared.split.targets("test")
+        churn_R = (findings.redrawn["test"] != prepared.histories.at(users, positions)).mean(axis=1)
+        metrics |= exact(tied_share=ties["interactions"])
+        metrics["target_churn"] = {"value": churn_R.mean(), "low": churn_R.min(), "high": churn_R.max()}
+    return {"row": name, "changed": f"data set {prepared.name}", "parameters": prepared.details["choices"],
+            "metrics": metrics, "slices": {}, "cost": {}}  # fmt: skip
 
 
 def exact(**numbers: float) -> dict:

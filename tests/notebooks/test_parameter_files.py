@@ -1,0 +1,70 @@
+"""Every parameter file is loaded against the notebook that it claims to configure."""
+
+import re
+
+import pytest
+
+from textrec.data.preparing import known_sets
+from textrec.paths import NOTEBOOKS, PARAMETERS
+from textrec.study.claims import load_claims
+from textrec.study.parameters import (
+    HEADER,
+    SCALES,
+    notebook_path,
+    read_header,
+    read_values,
+    resolve_parameters,
+    variants,
+)
+from textrec.training.presets import PRESETS
+
+NUMBERS = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+FILES = sorted(path for scale in SCALES for path in (PARAMETERS / scale).glob("[0-9]*.yaml"))
+RUNS = [
+    (scale, number, variant) for scale in SCALES for number in NUMBERS for variant in variants(number, scale) or [None]
+]
+
+
+def shown(value):
+    return "/".join(value.parts[-2:]) if hasattr(value, "parts") else str(value)
+
+
+@pytest.mark.parametrize(("scale", "number", "variant"), RUNS)
+def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
+    values = resolve_parameters(number, scale, variant)
+    assert values["scale"] == scale
+    for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
+        assert name in known_sets(), f"{name} is in no line of sets.yaml"
+    for row in (*values.get("rows", []), *values.get("overrides", {})):
+        assert row in PRESETS or row == "all", f"{row} is no row"
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_a_parameter_file_belongs_to_a_notebook(path):
+    assert notebook_path(path.stem[:2])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_notebook_has_its_file_at_every_scale(scale):
+    assert (PARAMETERS / scale / "common.yaml").is_file()
+    assert [number for number in NUMBERS if not (PARAMETERS / scale / f"{number}.yaml").is_file()] == []
+
+
+@pytest.mark.parametrize(("scale", "number", "variant"), RUNS)
+def test_the_header_says_command_hardware_time_and_what_to_expect(scale, number, variant):
+    path = PARAMETERS / scale / (f"{number}-{variant}.yaml" if variant else f"{number}.yaml")
+    header = read_header(path)
+    assert tuple(header) == HEADER and all(header.values())
+    wanted = f"textrec run {number}" + (f" --scale {scale}" if scale != "smoke" else "")
+    wanted += f" --variant {variant}" if variant else ""
+    assert re.fullmatch(re.escape(wanted) + r"( --seeds( \d)+)?", header["command"])
+    for group in re.findall(r"([\w-]+)/\*", header["expects"]):
+        claims = [claim for claim in load_claims().values() if claim.id.startswith(f"{group}/")]
+        assert claims, f"{group} is no group of claims"
+        assert {claim.dataset for claim in claims} == {resolve_parameters(number, scale, variant)["dataset"]}
+
+
+def test_a_file_gives_no_value_that_is_not_looked_at():
+    """The runner sets scale and seed by itself; a second place for them would be silently overridden."""
+    for path in FILES:
+        assert not {"scale", "seed", "run_dir"} & set(read_values(path)), path
