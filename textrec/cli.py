@@ -37,6 +37,13 @@ class Scale(StrEnum):
 
 
 ScaleOption = Annotated[Scale, typer.Option(help="Which parameter files: seconds, an hour, or the paper's hardware.")]
+class Format(StrEnum):
+    """Another project's files; the values are the modules that write them."""
+
+    recbole_atomic = "recbole_atomic"
+    recformer_folder = "recformer_folder"
+
+
 SeedsOption = Annotated[list[int] | None, typer.Option(help="One run each, e.g. --seeds 0 1 2.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Run again though nothing changed.")]
 RawOption = Annotated[Path | None, typer.Option(help="Folder of raw data; default $TEXTREC_DATA, else data/raw.")]
@@ -121,6 +128,7 @@ def data_list() -> None:
     Example:
       textrec data list
     """
+    from textrec.data.download import known_downloads
     from textrec.data.preparing import known_sets
     from textrec.paths import PROCESSED, raw_data
 
@@ -130,10 +138,51 @@ def data_list() -> None:
     for name, recipe in known_sets().items():
         sizes = [recipe.published.get(key) for key in ("users", "items", "interactions")]
         users, items, interactions = (f"{size:,}" if size else "" for size in sizes)
-        at_hand = all((raw / path).is_file() for path in recipe.files.values())
-        state = "raw files at hand" if at_hand else f"`textrec data download {name}`"
-        state = "prepared" if (PROCESSED / name / "fingerprint.json").is_file() else state
+        if (PROCESSED / name / "fingerprint.json").is_file():
+            state = "prepared"
+        elif all((raw / path).is_file() for path in recipe.files.values()):
+            state = "raw files at hand"
+        else:
+            state = "can be downloaded" if name in known_downloads() else "not at hand"
         typer.echo(f"{name:<32}{users:>9}{items:>9}{interactions:>14}  {state}")
+
+
+@data_app.command("download")
+def data_download(
+    name: Annotated[str, typer.Argument(help="A public set, e.g. ml-1m or amazon-2018-<Category>.")],
+    raw: RawOption = None,
+) -> None:
+    """Fetch a set from its publisher or a mirror, checked against its sha256; an interrupted download goes on.
+
+    \b
+    Examples:
+      textrec data download ml-1m
+      textrec data download amazon-2018-Industrial_and_Scientific
+    """
+    from textrec.data.download import download_set
+
+    with transfer() as moved:
+        lines = download_set(name, raw, progress=moved)
+    typer.echo("\n".join(lines))
+
+
+@contextmanager
+def transfer() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yield a function of (file, bytes so far, bytes in all): a bar on a terminal, one line per file elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
+        tasks = {}
+
+        def moved(file: str, done: int, total: int | None) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total)
+                if bars.disable:
+                    typer.echo(f"fetching {file}" + (f", {total / 2**20:.1f} MiB" if total else ""))
+            bars.update(tasks[file], completed=done, total=total)
+
+        yield moved
 
 
 @data_app.command("prepare")
@@ -285,6 +334,25 @@ def recommend(
     for item, score in model.recommend(items, k, filter_seen=not keep_seen):
         entry = prepared.catalogue.iloc[item - 1]
         typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}")
+
+
+@app.command()
+def convert(
+    name: Annotated[str, typer.Argument(help="A known or a prepared set.")],
+    to: Annotated[Format, typer.Option(help="RecBole's atomic files or RecFormer's finetuning folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write <name>/ into.")],
+    raw: RawOption = None,
+) -> None:
+    """Write a prepared set in another project's format, with its order and, for RecFormer, its split.
+
+    \b
+    Example:
+      textrec convert amazon-2018-scientific --to recbole_atomic --out export
+    """
+    from importlib import import_module
+
+    module = import_module(f"textrec.data.sources.{to.value}")
+    typer.echo(f"wrote {module.export(load(name, raw), out)}")
 
 
 def history_of(prepared, user: str | None, history: list[str] | None) -> list[int]:
