@@ -133,18 +133,23 @@ def data_list() -> None:
     from textrec.paths import PROCESSED, raw_data
 
     raw = raw_data()
-    typer.echo(f"raw data: {raw}\n")
-    typer.echo(f"{'set':<32}{'users':>9}{'items':>9}{'interactions':>14}  state")
+    lines = [("set", "users", "items", "interactions", "state")]
     for name, recipe in known_sets().items():
         sizes = [recipe.published.get(key) for key in ("users", "items", "interactions")]
-        users, items, interactions = (f"{size:,}" if size else "" for size in sizes)
         if (PROCESSED / name / "fingerprint.json").is_file():
             state = "prepared"
         elif all((raw / path).is_file() for path in recipe.files.values()):
             state = "raw files at hand"
         else:
             state = "can be downloaded" if name in known_downloads() else "not at hand"
-        typer.echo(f"{name:<32}{users:>9}{items:>9}{interactions:>14}  {state}")
+        lines.append((name, *(f"{size:,}" if size else "" for size in sizes), state))
+    typer.echo(f"raw data: {raw}\n\n{aligned(lines)}")
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Return lines of cells as columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 @data_app.command("download")
@@ -303,6 +308,48 @@ def tell(outcome) -> None:
     """Print what became of one run."""
     reason = f": {outcome.reason}" if outcome.reason else ""
     typer.echo(f"{outcome.label} seed {outcome.seed}: {outcome.status}, {outcome.seconds:.0f} s{reason}")
+
+
+@app.command()
+def report(scale: ScaleOption = Scale.laptop) -> None:
+    """Write figures/report.html from the records of a scale; above smoke, also the README's verdicts, CSV and LaTeX.
+
+    \b
+    Example:
+      textrec report --scale laptop
+    """
+    from textrec.study.report import write_report
+
+    for path in write_report(scale.value):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def claims(
+    scale: ScaleOption = Scale.laptop,
+    dataset: Annotated[str | None, typer.Option(help="Only claims on this set.")] = None,
+) -> None:
+    """List the published numbers beside ours at a scale, with the verdict on each.
+
+    \b
+    Examples:
+      textrec claims
+      textrec claims --dataset ml-1m-w1
+    """
+    from textrec.study.report import study_records
+    from textrec.study.tables import format_estimate, judge_study
+
+    lines = [("set", "row", "metric", "published", "ours", "verdict", "where")]
+    for judged in judge_study(study_records(scale.value), scale.value):
+        claim, verdict = judged.verdict.claim, judged.verdict
+        if dataset in (None, claim.dataset):
+            ours = format_estimate(verdict.measured, verdict.low, verdict.high)
+            published = format_estimate(claim.value)
+            where = f"{claim.paper}: {claim.where}"
+            lines.append((claim.dataset, claim.subject, claim.metric, published, ours, str(verdict), where))
+    if len(lines) == 1:
+        raise InputError(f"no claim is about the data set {dataset!r}")
+    typer.echo(aligned(lines))
 
 
 @app.command()
