@@ -8,8 +8,12 @@ TRANSACTIONS = """t_dat,customer_id,article_id,price,sales_channel_id
 2018-09-20,00ab,0108775015,0.05,2
 soon,00ab,0108775044,0.01,1
 """
-COLUMNS = "article_id,prod_name,product_type_name,product_group_name,colour_group_name,department_name,section_name,detail_desc"
-ARTICLES = COLUMNS + '\n0108775015,Strap top,Vest top,Garment Upper body,Black,Jersey,Womens,"Jersey, narrow"\n'
+COLUMNS = "article_id,prod_name,product_type_name,product_group_name,colour_group_name,department_name,section_name"
+ARTICLES = (
+    COLUMNS
+    + ",detail_desc"
+    + '\n0108775015,Strap top,Vest top,Garment Upper body,Black,Jersey,Womens,"Jersey, narrow"\n'
+)
 
 
 def test_ids_days_and_texts(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from textrec.data.preparing import prepare
 from textrec.data.sources.synthetic import (
     State,
     SyntheticConfig,
@@ -191,6 +192,17 @@ def test_source_yields_the_generated_tables():
         made.interactions()[["user", "item", "time"]].itertuples(index=False, name=None)
     )
     assert connection.execute(f"SELECT count(*) FROM ({tables.items})").fetchone() == (60,)
+
+
+def test_prepared_ids_are_those_of_the_generated_set(tmp_path):
+    prepared = prepare("synthetic", processed=tmp_path)
+    made = generate(SyntheticConfig(**prepared.details["options"]))
+    assert prepared.num_items == made.config.num_items
+    assert np.array_equal(prepared.histories.items_E, made.items_E)
+    assert np.array_equal(prepared.histories.times_E, made.times_E)
+    assert np.array_equal(prepared.histories.offsets_U1, made.offsets_U1)
+    assert np.array_equal(prepared.split.test_target_U, np.diff(made.offsets_U1) - 1)
+    assert prepared.catalogue["title"].tolist() == made.items()["title"].tolist()
 
 
 def hit_rate(made: SyntheticSet, scores_UI: np.ndarray, k: int) -> float:
