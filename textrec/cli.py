@@ -267,12 +267,10 @@ def run(
     """
     from textrec.study.runner import run_notebook
 
-    overrides = pairs(set_ or [], "--set")
+    options = {"scale": scale.value, "variant": variant, "overrides": pairs(set_ or [], "--set"), "force": force}
     outcomes = []
     for seed in seeds or [0]:
-        outcomes.append(
-            run_notebook(number, scale=scale.value, variant=variant, seed=seed, overrides=overrides, force=force)
-        )
+        outcomes.append(run_notebook(number, seed=seed, **options))
         tell(outcomes[-1])
     raise typer.Exit(any(outcome.status not in ("ok", "skipped") for outcome in outcomes))
 
@@ -344,9 +342,8 @@ def claims(
         claim, verdict = judged.verdict.claim, judged.verdict
         if dataset in (None, claim.dataset):
             ours = format_estimate(verdict.measured, verdict.low, verdict.high)
-            published = format_estimate(claim.value)
-            where = f"{claim.paper}: {claim.where}"
-            lines.append((claim.dataset, claim.subject, claim.metric, published, ours, str(verdict), where))
+            numbers = (claim.metric, format_estimate(claim.value), ours, str(verdict))
+            lines.append((claim.dataset, claim.subject, *numbers, f"{claim.paper}: {claim.where}"))
     if len(lines) == 1:
         raise InputError(f"no claim is about the data set {dataset!r}")
     typer.echo(aligned(lines))
@@ -400,6 +397,27 @@ def convert(
 
     module = import_module(f"textrec.data.sources.{to.value}")
     typer.echo(f"wrote {module.export(load(name, raw), out)}")
+
+
+@app.command()
+def bench(names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None) -> None:
+    """Time ours against other implementations; each benchmark prints its ratios.
+
+    \b
+    Examples:
+      textrec bench
+      textrec bench prepare
+    """
+    import subprocess
+
+    from textrec.paths import ROOT
+
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(ROOT.glob("tests/benchmarks/bench_*.py"))}
+    unknown = [name for name in names or [] if name not in scripts]
+    if unknown:
+        raise InputError(f"no benchmark {unknown[0]!r}; expected one of {', '.join(scripts)}")
+    codes = [subprocess.run([sys.executable, scripts[name]]).returncode for name in names or scripts]
+    raise typer.Exit(any(codes))
 
 
 def history_of(prepared, user: str | None, history: list[str] | None) -> list[int]:
