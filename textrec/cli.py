@@ -106,7 +106,7 @@ def pairs(texts: list[str], option: str) -> dict[str, object]:
 
 @app.command()
 def doctor() -> None:
-    """Check Python, packages, devices, folders and data; status 1 where something would fail.
+    """Check Python, packages, folders and data. Status 1 where a run would fail.
 
     \b
     Example:
@@ -122,7 +122,7 @@ def doctor() -> None:
 
 @data_app.command("list")
 def data_list() -> None:
-    """Name the known sets, their size and whether their files are at hand.
+    """Name the known sets. Sizes are the publishers'; the state says what is at hand.
 
     \b
     Example:
@@ -157,7 +157,7 @@ def data_download(
     name: Annotated[str, typer.Argument(help="A public set, e.g. ml-1m or amazon-2018-<Category>.")],
     raw: RawOption = None,
 ) -> None:
-    """Fetch a set from its publisher or a mirror, checked against its sha256; an interrupted download goes on.
+    """Fetch a public set, or go on fetching. Mirrors are tried in order; what is pinned is checked.
 
     \b
     Examples:
@@ -199,7 +199,7 @@ def data_prepare(
     choice: Annotated[list[str] | None, typer.Option(help="A choice of preparation as name=value.")] = None,
     raw: RawOption = None,
 ) -> None:
-    """Turn raw files into a prepared set and print its data card; reused where nothing changed.
+    """Turn raw files into a prepared set. Prints its data card; reused where nothing changed.
 
     \b
     Examples:
@@ -225,7 +225,7 @@ def data_prepare(
 
 @data_app.command("audit")
 def data_audit(name: Annotated[str, typer.Argument(help="A known or a prepared set.")], raw: RawOption = None) -> None:
-    """Print what may make a result on this split misleading: leaks in time, ties, cold items, duplicate texts.
+    """Print what may mislead on this split. Leaks in time, ties, cold items, repeats, duplicate texts.
 
     \b
     Example:
@@ -257,7 +257,7 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter of the notebook as name=value.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Execute one notebook, once per seed, into papermill_runs/<scale>/; an interrupted run goes on where it was.
+    """Execute one notebook, once per seed. Into papermill_runs/<scale>/; a killed run goes on where it was.
 
     \b
     Examples:
@@ -283,7 +283,7 @@ def study(
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at once; the cores are shared among them.")] = 1,
     force: ForceOption = False,
 ) -> None:
-    """Execute every notebook at a scale, then write figures/report.html; finished runs are left as they are.
+    """Execute every notebook, then the report. Finished runs are left as they are.
 
     \b
     Examples:
@@ -310,7 +310,7 @@ def tell(outcome) -> None:
 
 @app.command()
 def report(scale: ScaleOption = Scale.laptop) -> None:
-    """Write figures/report.html from the records of a scale; above smoke, also the README's verdicts, CSV and LaTeX.
+    """Write the report from the records. Above smoke also the README's verdicts, CSV and LaTeX.
 
     \b
     Example:
@@ -327,7 +327,7 @@ def claims(
     scale: ScaleOption = Scale.laptop,
     dataset: Annotated[str | None, typer.Option(help="Only claims on this set.")] = None,
 ) -> None:
-    """List the published numbers beside ours at a scale, with the verdict on each.
+    """List published numbers beside ours. With the verdict on each, at one scale.
 
     \b
     Examples:
@@ -358,7 +358,7 @@ def recommend(
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Items of the history may come back.")] = False,
 ) -> None:
-    """Print the best next items, with their titles, for a user of the set or for any history.
+    """Print the best next items with titles. For a user of the set, or for any history.
 
     \b
     Examples:
@@ -387,7 +387,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="The folder to write <name>/ into.")],
     raw: RawOption = None,
 ) -> None:
-    """Write a prepared set in another project's format, with its order and, for RecFormer, its split.
+    """Write a set in another project's format. With its order and, for RecFormer, its split.
 
     \b
     Example:
@@ -401,7 +401,7 @@ def convert(
 
 @app.command()
 def bench(names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None) -> None:
-    """Time ours against other implementations; each benchmark prints its ratios.
+    """Time ours against other programs. Each benchmark prints its ratios.
 
     \b
     Examples:
