@@ -150,7 +150,7 @@ class SyntheticSet:
         """Return the `Level` of the best readers: `optimum["id"]["filtered"]["ndcg@10"]` and so on.
 
         Readers: `full` knows all; `text_blind` cannot tell cold items apart; `time_blind` does not see times; `id` is
-        time-blind and ranks cold items last, the best an ID model can do; `chance` scores everything alike.
+        time-blind and ranks cold items last, all that an ID model can learn; `chance` scores everything alike.
         Rankings: `kept` (all candidates), `filtered` (seen items removed, the target never), `cold` (filtered, given
         that the target is cold). All `num_items` are candidates: compare with a set prepared with `catalogue="all"`,
         which keeps the items that nobody has. Score ties count with their expected rank. The best order for `filtered`
