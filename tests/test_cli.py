@@ -1,6 +1,7 @@
 """The command line: examples parse, mistakes are one sentence and status 2, output is plain where nobody watches."""
 
 import errno
+import json
 import subprocess
 import sys
 
@@ -173,3 +174,34 @@ def test_failed_runs_fail_the_command(monkeypatch, capsys):
     assert run_main(monkeypatch, "run", "00", "--seeds", "0") == 0
     assert run_main(monkeypatch, "run", "00", "--seeds", "0", "1") == 1
     assert "00 seed 1: failed, 1 s: ValueError: no" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder on the synthetic set with one untrained model."""
+    from textrec.data.preparing import prepare
+    from textrec.models.sasrec import SASRec, SASRecConfig
+
+    prepared = prepare("synthetic")
+    SASRec(SASRecConfig(num_items=prepared.num_items)).save_pretrained(tmp_path / "rows" / "sasrec_ce" / "model")
+    dataset = {"name": prepared.name, "fingerprint": prepared.fingerprint}
+    (tmp_path / "record.json").write_text(json.dumps({"dataset": dataset}), encoding="utf-8")
+    return tmp_path
+
+
+def test_recommended_items_carry_titles_and_are_not_of_the_history(monkeypatch, capsys, run_dir):
+    words = ["recommend", "--run", str(run_dir), "--row", "sasrec_ce", "--history", "3", "17", "4", "-k", "57"]
+    assert run_main(monkeypatch, *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ids = {line.split()[1] for line in lines}
+    assert ids == {str(item) for item in range(1, 61)} - {"3", "17", "4"}
+    assert all(len(line.split()) > 2 for line in lines)
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_model_of_another_version_of_the_set_is_refused(monkeypatch, capsys, run_dir):
+    record = run_dir / "record.json"
+    record.write_text(json.dumps({"dataset": {"name": "synthetic", "fingerprint": "0"}}), encoding="utf-8")
+    assert run_main(monkeypatch, "recommend", "--run", str(run_dir), "--row", "sasrec_ce", "--user", "7") == 2
+    assert "run it again" in capsys.readouterr().err

@@ -17,7 +17,6 @@ SPREAD = ("--seeds", "--notebooks", "--history", "--choice", "--column", "--set"
 NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = typer.Typer(
-    name="textrec",
     help="Reproduce published tables of text-based sequential recommendation, and use the models on your own data.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,17 +52,13 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and status 2."""
     try:
         app(args=list(spread(sys.argv[1:])), prog_name="textrec")
-    except InputError as error:
-        sys.exit(_refused(str(error)))
-    except OSError as error:
-        if error.errno not in NO_SPACE_OR_RIGHT:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_SPACE_OR_RIGHT:
             raise
-        sys.exit(_refused(f"{error.filename or 'a file'} could not be written: {error.strerror}"))
-
-
-def _refused(sentence: str) -> int:
-    typer.echo(f"textrec: {sentence}", err=True)
-    return 2
+        ours = isinstance(error, InputError)
+        sentence = error if ours else f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        typer.echo(f"textrec: {sentence}", err=True)
+        sys.exit(2)
 
 
 def spread(arguments: Iterable[str]) -> Iterator[str]:
@@ -373,7 +368,10 @@ def recommend(
     if not record.is_file():
         raise InputError(f"{run_dir} is no run folder: it holds no record.json")
     model = SequenceModel.from_pretrained(run_dir / "rows" / row / "model")
-    prepared = load(json.loads(record.read_text(encoding="utf-8"))["dataset"]["name"])
+    dataset = json.loads(record.read_text(encoding="utf-8"))["dataset"]
+    prepared = load(dataset["name"])
+    if prepared.fingerprint != dataset["fingerprint"]:
+        raise InputError(f"{run_dir} was run on another version of {prepared.name}: run it again")
     items = history_of(prepared, user, history)
     for item, score in model.recommend(items, k, filter_seen=not keep_seen):
         entry = prepared.catalogue.iloc[item - 1]
