@@ -49,6 +49,11 @@ class Claim:
     beside: str | None = None  # the row of ours beside which a marker is drawn
     accepts: Mapping[str, str] = field(default_factory=dict)  # protocol field -> why a difference is accepted
 
+    @property
+    def subject(self) -> str | None:
+        """Return what of ours is judged: a row, a difference or a quotient of two."""
+        return f"{self.row} {'−' if self.kind == 'ordering' else '/'} {self.over}" if self.over else self.row
+
     def __post_init__(self) -> None:
         for name in ("paper", "where", "dataset"):
             if not getattr(self, name):
@@ -203,14 +208,14 @@ def judge(claim: Claim, value: float, low: float | None, high: float | None, pro
 def _judge_level(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:
     slack = claim.tolerance * abs(claim.value) * (1 + 1e-9)  # a value on the rim of the band is inside
     bottom, top = claim.value - slack, claim.value + slack
-    gap, band = f"{value / claim.value - 1:+.1%}", f"±{claim.tolerance:.1%}"
+    band = f"±{100 * claim.tolerance:.3g} %"
     if bottom <= value <= top:
         if has_interval and bottom <= low and high <= top:
-            return REPRODUCED, f"{gap}; equivalent: the whole interval lies within {band}"
-        return REPRODUCED, f"{gap}; the mean lies within {band}" + ", the interval does not" * has_interval
+            return REPRODUCED, f"equivalent: the whole interval lies within {band}"
+        return REPRODUCED, f"the mean lies within {band}" + ", the interval reaches out" * has_interval
     side = "above" if value > top else "below"
     reaches = has_interval and low <= top and high >= bottom
-    return NOT_REPRODUCED, f"{gap}: {side} {band}" + ", the interval reaches into it" * reaches
+    return NOT_REPRODUCED, f"{side} {band}" + ", the interval reaches in" * reaches
 
 
 def _judge_floor(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:

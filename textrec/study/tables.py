@@ -233,12 +233,11 @@ def verdict_table(verdicts: Iterable[Verdict | Judged]):
     for entry in verdicts:
         judged = entry if isinstance(entry, Judged) else Judged(entry, (), "")
         verdict, claim = judged.verdict, judged.verdict.claim
-        row = f"{claim.row} {'−' if claim.kind == 'ordering' else '/'} {claim.over}" if claim.over else claim.row
         lines.append({
-            "claim": claim.id, "dataset": claim.dataset, "row": row, "metric": claim.metric, "kind": claim.kind,
-            "published": claim.value, "ours": verdict.measured, "low": verdict.low, "high": verdict.high,
-            "seeds": len(judged.seeds), "gap": verdict.gap, "verdict": verdict.word, "reason": verdict.reason,
-            "where": f"{claim.paper}: {claim.where}", "command": judged.command,
+            "claim": claim.id, "dataset": claim.dataset, "row": claim.subject, "metric": claim.metric,
+            "kind": claim.kind, "published": claim.value, "ours": verdict.measured, "low": verdict.low,
+            "high": verdict.high, "seeds": len(judged.seeds), "gap": verdict.gap, "verdict": verdict.word,
+            "reason": verdict.reason, "where": f"{claim.paper}: {claim.where}", "command": judged.command,
         })  # fmt: skip
     return pandas.DataFrame(lines)
 
