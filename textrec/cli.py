@@ -232,15 +232,15 @@ def data_audit(name: Annotated[str, typer.Argument(help="A known or a prepared s
 
 
 def load(name: str, raw: Path | None = None):
-    """Return the prepared set `name`: from its folder, or made from the raw files of a known set."""
+    """Return the prepared set `name`, made from its raw files where it is not there yet."""
     from textrec.data.prepared import PreparedSet
-    from textrec.data.preparing import known_sets, prepare
+    from textrec.data.preparing import prepare
     from textrec.paths import PROCESSED
 
-    if name in known_sets():
-        with progress() as step:
-            return prepare(name, raw=raw, progress=step)
-    return PreparedSet.load(PROCESSED / name)
+    if (PROCESSED / name / "fingerprint.json").is_file():
+        return PreparedSet.load(PROCESSED / name)
+    with progress() as step:
+        return prepare(name, raw=raw, progress=step)
 
 
 @app.command()
