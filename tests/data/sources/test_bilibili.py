@@ -4,6 +4,7 @@ import duckdb
 import pytest
 
 from textrec.data.sources import bilibili
+from textrec.schema import InputError
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -20,3 +21,10 @@ def test_blank_joined_histories_and_texts_with_tabs(tmp_path, header):
         ("v2", "with\ta tab"),
         ("v3", "标题"),
     ]
+
+
+@pytest.mark.parametrize("line", ["alone", "u2\t ", "\tv1"])
+def test_a_line_without_user_or_items_is_named(tmp_path, line):
+    (tmp_path / "b.tsv").write_text(f"userid\tbehaviors\nu1\tv1\n{line}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"b.tsv, line 3: expected a user, a tab"):
+        bilibili.read(duckdb.connect(), {"interactions": tmp_path / "b.tsv"})

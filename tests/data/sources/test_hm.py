@@ -1,8 +1,10 @@
 """H&M's transactions: ids keep their zeros, days become seconds."""
 
 import duckdb
+import pytest
 
 from textrec.data.sources import hm
+from textrec.schema import InputError
 
 TRANSACTIONS = """t_dat,customer_id,article_id,price,sales_channel_id
 2018-09-20,00ab,0108775015,0.05,2
@@ -27,3 +29,10 @@ def test_ids_days_and_texts(tmp_path):
     item = connection.sql(tables.items).fetchall()[0]
     assert item[:3] == ("0108775015", "Strap top", ["Garment Upper body", "Vest top", "Womens"])
     assert item[-1] == "Jersey, narrow"
+
+
+def test_a_missing_column_is_named_with_its_file(tmp_path):
+    (tmp_path / "t.csv").write_text(TRANSACTIONS, encoding="utf-8")
+    (tmp_path / "a.csv").write_text(ARTICLES.replace("prod_name", "name"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"a.csv has no column 'prod_name'; its columns are article_id, name"):
+        hm.read(duckdb.connect(), {"interactions": tmp_path / "t.csv", "items": tmp_path / "a.csv"})

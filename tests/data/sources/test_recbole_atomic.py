@@ -52,7 +52,10 @@ def test_other_field_names_can_be_named(files):
 
 @pytest.mark.parametrize(
     ("header", "sentence"),
-    [("uid:token\titem_id:token", "no field 'user_id'"), ("user_id\titem_id:token", "'user_id' has no type")],
+    [
+        ("uid:token\titem_id:token", "no field 'user_id'"),
+        ("user_id\titem_id:token", "'user_id' is no field of name:type"),
+    ],
 )
 def test_wrong_headers_are_named(files, header, sentence):
     files["interactions"].write_text(f"{header}\nu1\ti1\n", encoding="utf-8")

@@ -46,6 +46,7 @@ def test_parts_join_to_histories_of_external_ids(files):
         ("train", {"0": [7]}, r"train.json, user 0: the item 7 is not in smap.json"),
         ("train", {"5": [1]}, "the user '5', which umap.json does not know"),
         ("smap", ["B1"], "smap.json holds a list"),
+        ("items", {"B1": "Tea"}, "the item 'B1' is 'Tea'; expected an object"),
     ],
 )
 def test_broken_folders_are_refused_in_one_sentence(files, name, content, sentence):

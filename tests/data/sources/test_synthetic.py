@@ -136,7 +136,11 @@ def test_optimum_orders_the_readers():
 def test_counting_reaches_the_optimum_of_an_id_model_and_shuffled_histories_do_not():
     made = generate(SyntheticConfig(num_users=3_000))
     level = made.optimum["id"]["filtered"]["recall@1"]
-    in_order = hit_rate(made, transition_scores(made), 1)
+    scores = transition_scores(made)
+    in_order = hit_rate(made, scores, 1)
+    assert made.levels(scores)["filtered"]["ndcg@10"].value == pytest.approx(
+        made.optimum["id"]["filtered"]["ndcg@10"].value, rel=0.01
+    )
     shuffled = hit_rate(made, transition_scores(made, shuffled=True), 1)
     assert in_order == pytest.approx(level.value, abs=4 * level.standard_error)
     assert shuffled < 0.5 * level.value

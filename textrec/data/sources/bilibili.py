@@ -9,14 +9,21 @@ from pathlib import Path
 
 from textrec.data.sources import Tables
 from textrec.data.sources.frames import literal
+from textrec.schema import InputError
 
 HEADERS = ("user", "userid", "user_id", "item", "itemid", "item_id", "newsid", "videoid")
 
 
 def read(connection, files: Mapping[str, Path]) -> Tables:
     """Read `files["interactions"]` and, where given, `files["items"]`; the order of the ids is the time order."""
-    connection.execute(f"""CREATE TABLE tcf_interactions AS
-        SELECT first AS user, unnest(string_split(trim(rest), ' ')) AS item FROM ({_lines(files["interactions"])})""")
+    path = files["interactions"]
+    connection.execute(f"CREATE TABLE tcf_lines AS {_lines(path)}")
+    bad = "SELECT line FROM tcf_lines WHERE first = '' OR trim(rest) = '' ORDER BY line LIMIT 1"
+    for (line,) in connection.execute(bad).fetchall():
+        raise InputError(f"{path}, line {line}: expected a user, a tab, and item ids joined by blanks")
+    connection.execute("""CREATE TABLE tcf_interactions AS
+        SELECT first AS user, unnest(string_split_regex(trim(rest), ' +')) AS item FROM tcf_lines""")
+    connection.execute("DROP TABLE tcf_lines")
     items = f"SELECT first AS item, rest AS title FROM ({_lines(files['items'])})" if "items" in files else None
     return Tables(interactions="SELECT user, item FROM tcf_interactions", items=items)
 
@@ -25,8 +32,9 @@ def _lines(path: Path) -> str:
     """Split every line at its first tab and leave out a header."""
     lines = (
         f"read_csv({literal(path)}, delim='\\x01', header=false, quote='', escape='', auto_detect=false, "
-        "max_line_size=16000000, columns={'line': 'VARCHAR'})"
+        "max_line_size=16000000, columns={'text': 'VARCHAR'})"
     )
     header = ", ".join(map(literal, HEADERS))
-    return f"""SELECT split_part(line, chr(9), 1) AS first, substr(line, strpos(line, chr(9)) + 1) AS rest
-        FROM {lines} WHERE lower(split_part(line, chr(9), 1)) NOT IN ({header})"""
+    return f"""SELECT line, first, substr(text, length(first) + 2) AS rest FROM (
+            SELECT row_number() OVER () AS line, split_part(text, chr(9), 1) AS first, text FROM {lines})
+        WHERE line > 1 OR lower(first) NOT IN ({header})"""

@@ -13,7 +13,7 @@ import numpy as np
 from textrec.data.files import replacing
 from textrec.data.prepared import PreparedSet
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import column_names, literal, quoted
+from textrec.data.sources.frames import literal, quoted
 from textrec.schema import Column, InputError
 
 FIELDS = {  # ours: RecBole's usual names
@@ -33,25 +33,23 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
     """
     wanted = {**FIELDS, **{name: (field,) for name, field in (columns or {}).items()}}
     path = files["interactions"]
-    fields = _typed_header(connection, path)
+    fields = _fields(path)
+    found = _found(fields, {name: names for name, names in wanted.items() if name != Column.title})
     for name in (Column.user, Column.item):
-        if not set(wanted[name]) & set(fields):
-            raise InputError(
-                f"{path} has no field {wanted[name][0]!r} for the {name}; its fields are {', '.join(fields)}"
-            )
-    interactions = f"SELECT {_selected(fields, wanted, exclude=(Column.title,))} FROM {_scan(path)}"
-    if "items" not in files:
-        return Tables(interactions=interactions, first_line=2)
-    return Tables(interactions=interactions, items=_item_query(connection, files["items"], wanted), first_line=2)
+        if name not in found:
+            names = ", ".join(fields)
+            raise InputError(f"{path} has no field {wanted[name][0]!r} for the {name}; its fields are {names}")
+    interactions = f"SELECT {_selected(found)} FROM {_scan(path, fields)}"
+    items = _item_query(files["items"], wanted) if "items" in files else None
+    return Tables(interactions=interactions, items=items, first_line=2)
 
 
-def _item_query(connection, path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
-    fields = _typed_header(connection, path)
-    named = _selected(fields, {name: wanted[name] for name in (Column.item, Column.title)})
-    title = "" if " AS title" in named else ", '' AS title"
-    used = {field for name in (Column.item, Column.title) for field in wanted[name]}
-    others = "".join(f", {quoted(column)} AS {quoted(field)}" for field, column in fields.items() if field not in used)
-    return f"SELECT {named}{title}{others} FROM {_scan(path)}"
+def _item_query(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
+    fields = _fields(path)
+    found = _found(fields, {name: wanted[name] for name in (Column.item, Column.title)})
+    title = "" if Column.title in found else ", '' AS title"
+    others = "".join(f", {quoted(field)}" for field in fields if field not in found.values())
+    return f"SELECT {_selected(found)}{title}{others} FROM {_scan(path, fields)}"
 
 
 def write(interactions, items, folder: Path, name: str) -> None:
@@ -90,29 +88,31 @@ def interactions_of(prepared: PreparedSet):
     return pandas.DataFrame(columns)
 
 
-def _typed_header(connection, path: Path) -> dict[str, str]:
-    """Return field name -> column name of the header; every column must say its type."""
-    fields = {}
-    for column in column_names(connection, _scan(path), path):
-        field, colon, kind = column.rpartition(":")
-        if not colon or kind not in TYPES:
-            raise InputError(
-                f"{path}: the header field {column!r} has no type; expected name:type, type one of {', '.join(TYPES)}"
-            )
-        fields[field] = column
-    return fields
+def _fields(path: Path) -> list[str]:
+    """Return the field names of the header; every one must say its type."""
+    with path.open("rb") as file:
+        header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
+    for column in header:
+        if column.rpartition(":")[2] not in TYPES or ":" not in column:
+            raise InputError(f"{path}, line 1: {column!r} is no field of name:type, type one of {', '.join(TYPES)}")
+    return [column.rpartition(":")[0] for column in header]
 
 
-def _selected(fields: Mapping[str, str], wanted: Mapping[str, tuple[str, ...]], exclude: tuple[str, ...] = ()) -> str:
-    found = {
-        name: [field for field in names if field in fields] for name, names in wanted.items() if name not in exclude
-    }
-    return ", ".join(f"{quoted(fields[names[0]])} AS {name}" for name, names in found.items() if names)
+def _found(fields: list[str], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return our name -> field, for the names that have one."""
+    found = {name: next((field for field in names if field in fields), None) for name, names in wanted.items()}
+    return {name: field for name, field in found.items() if field}
 
 
-def _scan(path: Path) -> str:
+def _selected(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{quoted(field)} AS {name}" for name, field in found.items())
+
+
+def _scan(path: Path, fields: list[str]) -> str:
+    columns = ", ".join(f"{literal(field)}: 'VARCHAR'" for field in fields)
     return (
-        f"read_csv({literal(path)}, delim='\\t', header=true, all_varchar=true, quote='', escape='', strict_mode=true)"
+        f"read_csv({literal(path)}, delim='\\t', header=true, quote='', escape='', auto_detect=false, "
+        f"columns={{{columns}}})"
     )
 
 

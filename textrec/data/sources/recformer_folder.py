@@ -35,7 +35,11 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
                     raise InputError(f"{files[part]}, user {user}: the item {item} is not in {files['smap'].name}")
                 rows.append((users[user], items[item]))
     connection.register("recformer_interactions", pandas.DataFrame(rows, columns=[Column.user, Column.item]))
-    texts = pandas.DataFrame.from_dict(_load(files["items"]), orient="index").reindex(columns=list(ATTRIBUTES))
+    attributes = _load(files["items"])
+    for item, values in attributes.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{files['items']}: the item {item!r} is {values!r}; expected an object of attributes")
+    texts = pandas.DataFrame.from_dict(attributes, orient="index").reindex(columns=list(ATTRIBUTES))
     connection.register("recformer_items", texts.fillna("").rename_axis(Column.item).reset_index())
     return Tables(interactions="SELECT * FROM recformer_interactions", items="SELECT * FROM recformer_items")
 

@@ -169,9 +169,10 @@ class SyntheticSet:
             "id": np.where(cold_I, 0, time_blind_UI),
             "chance": np.zeros_like(full_UI),
         }
-        return {name: self._levels(scores_UI) for name, scores_UI in readers.items()}
+        return {name: self.levels(scores_UI) for name, scores_UI in readers.items()}
 
-    def _levels(self, scores_UI: np.ndarray) -> dict[str, dict[str, Level]]:
+    def levels(self, scores_UI: np.ndarray) -> dict[str, dict[str, Level]]:
+        """Return what any scores [U, I] are worth under the truth, by ranking: free of the luck of the drawn targets."""
         anything = np.ones_like(self.truth.cold_I)
         nothing_UI = np.zeros_like(self.state.seen_UI)
         seen_UI, cold_I = self.state.seen_UI, self.truth.cold_I
