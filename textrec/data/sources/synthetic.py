@@ -172,7 +172,7 @@ class SyntheticSet:
         return {name: self.levels(scores_UI) for name, scores_UI in readers.items()}
 
     def levels(self, scores_UI: np.ndarray) -> dict[str, dict[str, Level]]:
-        """Return what any scores [U, I] are worth under the truth, by ranking: free of the luck of the drawn targets."""
+        """Return what any scores [U, I] are worth under the truth, by ranking: free of the luck of the draw."""
         anything = np.ones_like(self.truth.cold_I)
         nothing_UI = np.zeros_like(self.state.seen_UI)
         seen_UI, cold_I = self.state.seen_UI, self.truth.cold_I
