@@ -30,7 +30,7 @@ test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE := 1
 test: $(READY)  ## lint, import contract, unit and parity tests, every notebook; ARGS are passed to pytest
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env --durations 15 tests notebooks $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-current-env --durations 15 notebooks tests $(ARGS)
 
 study: $(READY)  ## run every notebook and write figures/report.html; SCALE=laptop DATA=folder for real data
 	$(BIN)/textrec study --scale $(SCALE) $(ARGS)
