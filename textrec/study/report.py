@@ -104,7 +104,7 @@ def _cell(value: object) -> dict:
     if value is None or isinstance(value, str):
         text = value or ""
         return {"text": text, "sort": None, "mark": MARKS.get(text), "code": text.startswith("textrec ")}
-    digits = 0 if value == round(value) or abs(value) >= 100 else 1 if abs(value) >= 10 else 4
+    digits = 0 if value == round(value) or abs(value) >= 100 else 1 if abs(value) >= 1 else 4
     return {"text": f"{value:,.{digits}f}", "sort": value, "mark": None, "code": False}
 
 
@@ -132,7 +132,7 @@ def _run(label: str, group: Sequence[Record], figures: Path) -> dict:
     ]  # fmt: skip
     columns = ("row", "changed", "seeds", *names, *(f"ndcg@10, {name}" for name in slices), "status", "reason")
     images = []
-    for path in sorted(figures.glob(f"{label}_*.svg")):
+    for path in sorted([*figures.glob(f"{label}_*.svg"), *figures.glob(f"{REPORT}_{label}_*.svg")]):
         told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         stale = told["fingerprint"] not in (None, first.dataset["fingerprint"])
         images.append({"name": path.stem, "svg": base64.b64encode(path.read_bytes()).decode(), "stale": stale})

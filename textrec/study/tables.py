@@ -239,7 +239,9 @@ def verdict_table(verdicts: Iterable[Verdict | Judged]):
             "high": verdict.high, "seeds": len(judged.seeds), "gap": verdict.gap, "verdict": verdict.word,
             "reason": verdict.reason, "where": f"{claim.paper}: {claim.where}", "command": judged.command,
         })  # fmt: skip
-    return pandas.DataFrame(lines)
+    frame = pandas.DataFrame(lines)
+    frame["published"] = pandas.Series([line["published"] for line in lines], dtype=object)  # counts stay whole
+    return frame
 
 
 def results_table(records: Iterable[Record], metrics: Sequence[str] = ("recall@10", "ndcg@10")):
