@@ -36,18 +36,17 @@ def _without_tags(text: str) -> str:
 def build_catalogue(connection, items_query: str | None, *, duplicate_items: str, unknown_items: str) -> dict[str, int]:
     """Create the table `catalogue` (item, title, text columns) in the order of the table `kept_items`; return counts.
 
-    `kept_items` has the columns `item` (external id) and `_number` (internal id from 1). Lists become one text joined
+    `kept_items` has the columns `item` (external id) and `textrec_number` (internal id from 1). Lists become one text joined
     by ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
     """
     if items_query is None:
-        connection.execute("CREATE TABLE catalogue AS SELECT _number, item, '' AS title FROM kept_items")
+        connection.execute("CREATE TABLE catalogue AS SELECT textrec_number, item, '' AS title FROM kept_items")
         kept = _count(connection, "kept_items")
         return {"listed": 0, "duplicate_rows": 0, "without_row": kept, "without_title": kept}
-    connection.execute(f"""CREATE TABLE listed AS SELECT row_number() OVER () AS _row,
-        source.* REPLACE (trim(CAST(item AS VARCHAR)) AS item) FROM ({items_query}) AS source""")
+    names = _list_rows(connection, items_query)
     listed, distinct = connection.execute("SELECT count(item), count(DISTINCT item) FROM listed").fetchall()[0]
     if duplicate_items == "refuse" and listed > distinct:
-        query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(_row) LIMIT 1"
+        query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(textrec_row) LIMIT 1"
         repeated = connection.execute(query).fetchall()[0][0]
         raise InputError(
             f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge rows"
@@ -55,12 +54,12 @@ def build_catalogue(connection, items_query: str | None, *, duplicate_items: str
     absent = "kept_items ANTI JOIN listed USING (item)"
     without_row = _count(connection, absent)
     if unknown_items == "refuse" and without_row:
-        item = connection.execute(f"SELECT item FROM {absent} ORDER BY _number LIMIT 1").fetchall()[0][0]
+        item = connection.execute(f"SELECT item FROM {absent} ORDER BY textrec_number LIMIT 1").fetchall()[0][0]
         raise InputError(
             f"{without_row} items of the interactions have no row in the item table, first {item!r}: "
             "choose unknown_items 'keep' to give them an empty title"
         )
-    _merge_rows(connection)
+    _merge_rows(connection, names)
     return {
         "listed": listed,
         "duplicate_rows": listed - distinct,
@@ -69,23 +68,33 @@ def build_catalogue(connection, items_query: str | None, *, duplicate_items: str
     }
 
 
-def _merge_rows(connection) -> None:
+def _list_rows(connection, items_query: str) -> list[str]:
+    """Create the table `listed` of all rows, with clean texts for the kept items only; return the text columns."""
+    columns = connection.execute(f"DESCRIBE {items_query}").fetchall()
+    texts = {quoted(name): kind for name, kind, *_ in columns if name != "item"}
     connection.create_function("clean_text", clean_text, ["VARCHAR"], "VARCHAR", null_handling="special")
-    names = [row[0] for row in connection.execute("DESCRIBE listed").fetchall() if row[0] not in ("_row", "item")]
-    cleaned = ", ".join(f"clean_text({text_of(quoted(name))}) AS {quoted(name)}" for name in names)
-    connection.execute(
-        f"CREATE TABLE cleaned AS SELECT _row, item, {cleaned} FROM listed SEMI JOIN kept_items USING (item)"
+    cleaned = ", ".join(
+        f"CASE WHEN textrec_number IS NOT NULL THEN clean_text({text_of(name, kind)}) END AS {name}"
+        for name, kind in texts.items()
     )
-    first = "arg_min({0}, _row) FILTER (WHERE {0} <> '') AS {0}"
-    merged = ", ".join(first.format(quoted(name)) for name in names)
-    filled = ", ".join(f"coalesce({quoted(name)}, '') AS {quoted(name)}" for name in names)
-    connection.execute(f"""CREATE TABLE catalogue AS SELECT _number, item, {filled} FROM kept_items
-        LEFT JOIN (SELECT item, {merged} FROM cleaned GROUP BY item) USING (item)""")
+    connection.execute(f"""CREATE TABLE listed AS SELECT textrec_row, item, {cleaned} FROM (
+        SELECT row_number() OVER () AS textrec_row, * REPLACE (trim(CAST(item AS VARCHAR)) AS item) FROM ({items_query})
+        ) LEFT JOIN kept_items USING (item)""")
+    return list(texts)
 
 
-def text_of(column: str) -> str:
-    """Return the SQL that turns any value into text: lists (nested or not) are joined by ", ", NULL becomes empty."""
-    value = f"to_json({column})"
+def _merge_rows(connection, names: list[str]) -> None:
+    merged = ", ".join(f"arg_min({name}, textrec_row) FILTER (WHERE {name} <> '') AS {name}" for name in names)
+    filled = ", ".join(f"coalesce({name}, '') AS {name}" for name in names)
+    connection.execute(f"""CREATE TABLE catalogue AS SELECT textrec_number, item, {filled} FROM kept_items
+        LEFT JOIN (SELECT item, {merged} FROM listed SEMI JOIN kept_items USING (item) GROUP BY item) USING (item)""")
+
+
+def text_of(column: str, kind: str) -> str:
+    """Return the SQL that turns a value of type `kind` into text: lists, nested or not, are joined by ", "."""
+    if kind == "VARCHAR":
+        return column
+    value = column if kind == "JSON" else f"to_json({column})"
     flat = f"json_extract_string({value}, '$[*]')"
     nested = f"json_extract_string({value}, '$[*][*]')"
     parts = f"CASE json_type({value}, '$[0]') WHEN 'ARRAY' THEN {nested} ELSE {flat} END"

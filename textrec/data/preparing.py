@@ -23,7 +23,7 @@ from textrec.data.prepared import PreparedSet
 from textrec.data.reading import complete_times, natural, read_interactions, readable
 from textrec.data.sources import Tables
 from textrec.data.sources.frames import literal
-from textrec.data.storage import array_file, database, sha256_of, staged_folder
+from textrec.data.storage import array_file, database, remove_abandoned, sha256_of, staged_folder
 from textrec.paths import PROCESSED, raw_data
 from textrec.schema import InputError
 from textrec.seeding import generator
@@ -125,17 +125,20 @@ def _prepare(
         "choices": asdict(choices),
     }
     folder = processed / name
+    remove_abandoned(folder)
     if (folder / "fingerprint.json").is_file():
         found = PreparedSet.load(folder)
         if all(found.details.get(key) == value for key, value in identity.items()):
             return found
+    import duckdb
+
     try:
         with staged_folder(folder) as partial, database(partial / "work") as connection:
             details = _build(connection, recipe, files, choices, partial, progress)
             text = json.dumps({**identity, **details, "published": recipe.published, "note": recipe.note}, indent=1)
             (partial / "fingerprint.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
             raise
         raise InputError(f"the disk of {processed} is full: free some space and prepare {name} again") from error
     return PreparedSet.load(folder)
@@ -146,14 +149,14 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     module, function = recipe.reader.rsplit(".", 1)
     reader = getattr(importlib.import_module(f"textrec.data.sources.{module}"), function)
     where = files.get("interactions", recipe.name)
-    with readable(connection, files):
+    with readable(files):
         tables = reader(connection, files, **recipe.options)
         read_interactions(connection, tables, where, choices)
     has_times = complete_times(connection, choices, where, tables.first_line)
     steps = filtering.FilterSteps(connection, progress)
     order = _order(choices, has_times)
     _filter(steps, choices, order, tables)
-    with readable(connection, files):
+    with readable(files):
         catalogue = _number(connection, choices, tables)
     arrays = _write_histories(connection, folder, order, has_times)
     histories = Histories.load(folder)
@@ -237,12 +240,12 @@ def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
 def _number(connection, choices: Choices, tables: Tables) -> dict:
     """Give users and items their internal ids and build the catalogue."""
     connection.execute("""CREATE TABLE kept_users AS SELECT u, user,
-        CAST(row_number() OVER (ORDER BY u) - 1 AS INTEGER) AS _number FROM users SEMI JOIN log USING (u)""")
+        CAST(row_number() OVER (ORDER BY u) - 1 AS INTEGER) AS textrec_number FROM users SEMI JOIN log USING (u)""")
     candidates = "SELECT item FROM source_items SEMI JOIN candidate_ids USING (i)"
     if choices.catalogue == "all" and tables.items:
         candidates += f" UNION SELECT trim(CAST(item AS VARCHAR)) FROM ({tables.items}) WHERE item IS NOT NULL"
     connection.execute(f"""CREATE TABLE kept_items AS SELECT item,
-        CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS _number FROM ({candidates})""")
+        CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS textrec_number FROM ({candidates})""")
     return build_catalogue(
         connection, tables.items, duplicate_items=choices.duplicate_items, unknown_items=choices.unknown_items
     )
@@ -255,7 +258,7 @@ def _write_histories(connection, folder: Path, order: str, has_times: bool) -> d
     np.save(folder / "offsets.npy", offsets_U1)
     total = int(offsets_U1[-1])
     terms = ", ".join(f"log.{term}" for term in order.split(", "))
-    ordered = connection.sql(f"""SELECT _number AS item, CAST(floor(coalesce(log.time, 0)) AS BIGINT) AS time FROM log
+    ordered = connection.sql(f"""SELECT textrec_number AS item, CAST(floor(coalesce(log.time, 0)) AS BIGINT) AS time FROM log
         JOIN source_items USING (i) JOIN kept_items USING (item) ORDER BY u, {terms}""")
     with (
         array_file(folder / "items.npy", np.int32, total) as items,
@@ -274,15 +277,15 @@ def _write_histories(connection, folder: Path, order: str, has_times: bool) -> d
 def _write_tables(connection, folder: Path) -> dict[str, str]:
     """Write `users.parquet` and `catalogue.parquet`; return the sha256 of external ids and of the texts."""
     for query, name in (
-        ("SELECT user FROM kept_users ORDER BY _number", "users"),
-        ("SELECT * EXCLUDE (_number) FROM catalogue ORDER BY _number", "catalogue"),
+        ("SELECT user FROM kept_users ORDER BY textrec_number", "users"),
+        ("SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number", "catalogue"),
     ):
         connection.execute(f"COPY ({query}) TO {literal(folder / f'{name}.parquet')} (FORMAT parquet)")
     return {
-        "user_ids": _digest(connection, "SELECT user FROM kept_users ORDER BY _number"),
-        "item_ids": _digest(connection, "SELECT item FROM kept_items ORDER BY _number"),
+        "user_ids": _digest(connection, "SELECT user FROM kept_users ORDER BY textrec_number"),
+        "item_ids": _digest(connection, "SELECT item FROM kept_items ORDER BY textrec_number"),
         "catalogue_text": _digest(
-            connection, "SELECT CAST(to_json(catalogue) AS VARCHAR) FROM catalogue ORDER BY _number"
+            connection, "SELECT CAST(to_json(catalogue) AS VARCHAR) FROM catalogue ORDER BY textrec_number"
         ),
     }
 

@@ -1,6 +1,5 @@
 """The first table: a source's rows typed and checked, with integers in place of external ids."""
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +81,7 @@ def complete_times(connection, choices: Choices, where, first_line: int) -> bool
 
 
 @contextmanager
-def readable(connection, files: Mapping[str, Path]) -> Iterator[None]:
+def readable(files: Mapping[str, Path]) -> Iterator[None]:
     """Turn DuckDB's complaint about a file into one sentence that names the file."""
     import duckdb
 
@@ -93,7 +92,7 @@ def readable(connection, files: Mapping[str, Path]) -> Iterator[None]:
         if isinstance(error, duckdb.BinderException) and "Referenced column" not in message:
             raise
         if "No space left" in message:
-            raise OSError(errno.ENOSPC, message) from error
+            raise
         named = [str(path) for path in files.values() if path.name in message] or list(map(str, files.values()))
         raise InputError(f"{', '.join(named)} cannot be read: {_reason(message)}") from error
 

@@ -33,7 +33,8 @@ def split_histories(
       are validation users; everybody else trains on everything.
 
     `validation`: all, none, or the number of random users who give up a validation target; the interactions nobody
-    gives up for validation are trained on. `cold_targets="drop"` removes targets whose item no training interaction has.
+    gives up for validation are trained on. `cold_targets="drop"` removes targets whose item no training
+    interaction has.
     """
     if split == "global_time" and not histories.times_E.any():
         raise InputError("split is 'global_time' but the source has an order only, no times")

@@ -39,7 +39,6 @@ def array_file(path: Path, dtype, length: int) -> Iterator[ArrayFile]:
 def staged_folder(folder: Path) -> Iterator[Path]:
     """Yield a partial folder beside `folder` that takes its place, synced, when the block ends well; else it goes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
@@ -67,7 +66,8 @@ def _take_place(partial: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`."""
     for path in folder.parent.glob(f"{folder.name}.partial-*"):
         pid = int(path.name.rsplit(".partial-", 1)[1].split("-")[0])
         if pid == os.getpid() or not _alive(pid):
@@ -93,15 +93,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def database(folder: Path) -> Iterator:
-    """Yield a DuckDB connection that works and spills in `folder`, which is gone afterwards."""
+def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator:
+    """Yield a DuckDB connection whose tables live in memory and spill to `folder`, which is gone afterwards."""
     import duckdb
 
     folder.mkdir()
-    connection = duckdb.connect(
-        str(folder / "work.duckdb"),
-        config={"memory_limit": MEMORY_LIMIT, "temp_directory": str(folder / "spill")},
-    )
+    config = {"memory_limit": memory_limit, "temp_directory": str(folder)}
+    connection = duckdb.connect(":memory:", config=config)
     connection.execute("SET enable_progress_bar = false")
     try:
         yield connection
