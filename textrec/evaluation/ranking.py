@@ -117,15 +117,15 @@ def rank_targets(
     score is a ValueError that names the user. Users without a target are not passed in.
     """
     targets_U = _checked_targets(users_U, targets_U, num_items)
-    counts_U5 = np.zeros((len(targets_U), 5), dtype=np.int64)
+    counts_5U = np.zeros((5, len(targets_U)), dtype=np.int64)
     for rows, scores_BI, flags_BI in _chunks(scorer, users_U, num_items, block_users):
-        targets_B1 = torch.from_numpy(targets_U[rows]).to(scores_BI.device)[:, None]
+        targets_B1 = torch.from_numpy(targets_U[rows, None]).to(scores_BI.device)
         target_scores_B1 = scores_BI.gather(1, targets_B1 - 1)
-        higher_B = torch.gt(scores_BI, target_scores_B1, out=flags_BI).sum(1).long()  # float sums: exact below 2**24
-        ties_B = torch.eq(scores_BI, target_scores_B1, out=flags_BI).sum(1).long() - 1
-        seen_B3 = _count_seen(scores_BI, targets_B1, target_scores_B1, seen(rows), marks_BI=flags_BI.view(torch.int32))
-        counts_U5[rows] = torch.column_stack([higher_B, ties_B, seen_B3]).cpu().numpy()
-    higher_U, ties_U, seen_U, seen_higher_U, seen_ties_U = counts_U5.T.copy()
+        higher_B = torch.gt(scores_BI, target_scores_B1, out=flags_BI).sum(1)  # sums of ones are exact below 2**24
+        tied_B = torch.eq(scores_BI, target_scores_B1, out=flags_BI).sum(1)
+        counts_5U[:2, rows] = torch.stack([higher_B, tied_B - 1]).cpu().numpy()
+        counts_5U[2:, rows] = _count_seen(scores_BI, targets_U[rows], target_scores_B1[:, 0].cpu().numpy(), seen(rows))
+    higher_U, ties_U, seen_U, seen_higher_U, seen_ties_U = counts_5U
     kept = Counts(higher_U, ties_U, np.full(len(targets_U), num_items, dtype=np.int64))
     filtered = Counts(higher_U - seen_higher_U, ties_U - seen_ties_U, kept.candidates_U - seen_U)
     return Ranks(np.asarray(users_U, dtype=np.int64), targets_U, filtered, kept)
@@ -166,7 +166,7 @@ def top_k(
     """Return the ids [U, k] of each user's best unseen items, best first; 0 where fewer than k are unseen."""
     lists_UK = np.zeros((len(users_U), k), dtype=np.int64)
     for rows, scores_BI, _ in _chunks(scorer, users_U, num_items, block_users):
-        cells_E, _ = _seen_cells(seen(rows), num_items, scores_BI.device)
+        cells_E = torch.from_numpy(_seen_cells(seen(rows), num_items)).to(scores_BI.device)
         unseen_BI = scores_BI.clone(memory_format=torch.contiguous_format)
         unseen_BI.view(-1)[cells_E] = -torch.inf
         best_BK, columns_BK = unseen_BI.topk(min(k, num_items), dim=1)
@@ -185,7 +185,7 @@ def _chunks(
     for start in range(0, len(users_U), block_users):
         block = slice(start, min(start + block_users, len(users_U)))
         given = scorer.users(block) if by_vectors else _checked_scores(scorer(block), block, num_items)
-        chunk_users = len(given) if given.is_cuda else max(CHUNK_SCORES // num_items, 16)
+        chunk_users = len(given) if given.is_cuda else max(CHUNK_SCORES * torch.get_num_threads() // num_items, 16)
         for first in range(0, len(given), chunk_users):
             part = given[first : first + chunk_users]
             rows = slice(start + first, start + first + len(part))
@@ -198,35 +198,35 @@ def _chunks(
 
 
 def _count_seen(
-    scores_BI: torch.Tensor,
-    targets_B1: torch.Tensor,
-    target_scores_B1: torch.Tensor,
-    seen: tuple[np.ndarray, np.ndarray],
-    marks_BI: torch.Tensor,
-) -> torch.Tensor:
-    """Return per user the number of distinct seen items other than the target: all, scored above it, tied with it."""
-    cells_E, rows_E = _seen_cells(seen, scores_BI.shape[1], scores_BI.device)
-    order_E = torch.arange(len(cells_E), dtype=torch.int32, device=cells_E.device)
-    marks_BI.view(-1)[cells_E] = order_E  # of a repeated item exactly one occurrence finds its own mark again
-    once_E = marks_BI.view(-1)[cells_E] == order_E
-    once_E &= cells_E != (rows_E * scores_BI.shape[1] + targets_B1[:, 0][rows_E] - 1)
-    scores_E, target_scores_E = scores_BI.take(cells_E), target_scores_B1[:, 0][rows_E]
-    flags_3E = torch.stack([once_E, once_E & (scores_E > target_scores_E), once_E & (scores_E == target_scores_E)])
-    ends_B1 = torch.from_numpy(np.asarray(seen[1], dtype=np.int64)).to(cells_E.device)
-    sums_3E1 = torch.nn.functional.pad(flags_3E.cumsum(1), (1, 0))
-    return sums_3E1[:, ends_B1].diff(dim=1).T
+    scores_BI: torch.Tensor, targets_B: np.ndarray, target_scores_B: np.ndarray, seen: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return [3, B]: each user's distinct seen items other than the target, in all, scored above it, tied with it."""
+    first_B = np.arange(len(targets_B)) * scores_BI.shape[1]
+    cells_E = np.sort(_seen_cells(seen, scores_BI.shape[1]))
+    cells_E = np.append(
+        cells_E[np.diff(cells_E, prepend=-1) > 0], scores_BI.numel()
+    )  # distinct, and one behind the end
+    starts_B = np.searchsorted(cells_E, first_B)
+    counts_B = np.diff(starts_B, append=len(cells_E) - 1)
+    target_cells_B = first_B + targets_B - 1
+    target_B = cells_E[np.searchsorted(cells_E, target_cells_B)] == target_cells_B
+    scores_E = scores_BI.take(torch.from_numpy(cells_E[:-1]).to(scores_BI.device)).cpu().numpy()
+    target_scores_E = np.repeat(target_scores_B, counts_B)
+
+    def per_user(flags_E: np.ndarray) -> np.ndarray:
+        sums_B = np.add.reduceat(np.append(flags_E, False), starts_B, dtype=np.int64)
+        return np.where(counts_B > 0, sums_B, 0)
+
+    higher_B, tied_B = per_user(scores_E > target_scores_E), per_user(scores_E == target_scores_E)
+    return np.stack([counts_B - target_B, higher_B, tied_B - target_B])
 
 
-def _seen_cells(
-    seen: tuple[np.ndarray, np.ndarray], num_items: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions of the seen items in a flattened [B, num_items] block, and their rows."""
+def _seen_cells(seen: tuple[np.ndarray, np.ndarray], num_items: int) -> np.ndarray:
+    """Return the positions of the seen items in a flattened [B, num_items] block."""
     items_E, offsets_B1 = seen
     if len(items_E) and not (1 <= items_E.min() and items_E.max() <= num_items):
         raise ValueError(f"a seen item lies outside 1..{num_items}: {items_E.min()}..{items_E.max()}")
-    rows_E = np.repeat(np.arange(len(offsets_B1) - 1), np.diff(offsets_B1))
-    cells_E = rows_E * num_items + items_E - 1
-    return torch.from_numpy(cells_E).to(device), torch.from_numpy(rows_E).to(device)
+    return np.repeat(np.arange(len(offsets_B1) - 1) * num_items - 1, np.diff(offsets_B1)) + items_E
 
 
 def _checked_targets(users_U: np.ndarray, targets_U: np.ndarray, num_items: int) -> np.ndarray:
