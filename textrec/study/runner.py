@@ -115,8 +115,9 @@ def _execute(notebook: Path, values: dict[str, object], folder: Path) -> tuple[s
     status, reason = "ok", None
     try:
         papermill.execute_notebook(
-            notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False
-        )
+            notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own sockets at every start
+        )  # fmt: skip
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "InputError" else error.evalue
         status = "out_of_memory" if OUT_OF_MEMORY.search(reason) else "failed"
