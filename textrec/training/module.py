@@ -66,7 +66,7 @@ class SequenceModule(lightning.LightningModule):
     def __init__(self, model, training: TrainingConfig, seed: int, item_counts_I=None):
         super().__init__()
         self.model, self.training_config, self.seed = model, training, seed
-        self.tokens = 0  # real positions this process has read
+        self.start_counting()
         if training.negatives == "in_batch":
             expected_I = torch.as_tensor(item_counts_I, dtype=torch.float64)
             log_probability_I = (expected_I * training.num_negatives / expected_I.sum()).clamp_min(1e-12).log()
@@ -74,12 +74,13 @@ class SequenceModule(lightning.LightningModule):
         else:
             self.log_probability_I = None
 
-    def on_train_epoch_start(self) -> None:
-        """Restart torch's generators, which dropout reads, from the epoch's own seed."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.current_epoch, self.global_rank))
+    def start_counting(self) -> None:
+        """Set what this process sums over an epoch to zero: real positions read; losses and targets."""
+        self.tokens, self.sums = 0, torch.zeros(2, dtype=torch.float64)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the loss whose gradient, averaged over processes, is that of the mean over all their positions."""
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.current_epoch, batch["step"], self.global_rank))
         items_BL, targets_BL = batch["items"], batch["targets"]
         hidden_TD = self.model(items_BL)
         targets_T = targets_BL[items_BL != PADDING_ID]
@@ -92,9 +93,8 @@ class SequenceModule(lightning.LightningModule):
         world_size = self.trainer.world_size
         if world_size > 1:
             torch.distributed.all_reduce(count)
-        loss = total * (world_size / count.clamp_min(1.0))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets_T), sync_dist=world_size > 1)
-        return loss
+        self.sums += torch.stack([total.detach(), count.new_tensor(float(len(targets_T)))]).double().cpu()
+        return total * (world_size / count.clamp_min(1.0))
 
     def _generator(self, purpose: str, step: int, rank: int, device: torch.device) -> torch.Generator:
         return torch.Generator(device).manual_seed(derive_seed(self.seed, purpose, self.current_epoch, step, rank))

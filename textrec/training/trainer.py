@@ -82,11 +82,12 @@ class RankingMonitor(Callback):
         trainer.should_stop = self.since_best >= self.training.patience  # resumed behind its own end
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self.started, module.tokens = time.perf_counter(), 0
+        self.started = time.perf_counter()
+        module.start_counting()
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch = trainer.current_epoch
-        entry = {"epoch": epoch, "train_loss": float(trainer.callback_metrics["train_loss"])}
+        entry = {"epoch": epoch, "train_loss": _mean_over_processes(trainer, module.sums)}
         last_epoch = epoch + 1 >= self.training.max_epochs
         if len(self.users) and ((epoch + 1) % self.training.validate_every == 0 or last_epoch):
             entry["ndcg@10"] = self._validate(trainer, module.model)
@@ -99,6 +100,8 @@ class RankingMonitor(Callback):
         entry["seconds"] = time.perf_counter() - self.started
         self.tokens += module.tokens
         self.curve.append(entry)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in entry.items() if name != "epoch"}, step=epoch)
         LOGGER.info("%s: %s", self.folder.name, ", ".join(f"{k} {v:.4g}" for k, v in entry.items()))
         if self.since_best >= self.training.patience:
             trainer.should_stop = True
@@ -109,11 +112,14 @@ class RankingMonitor(Callback):
     def _validate(self, trainer, model) -> float:
         ranks = evaluate(model, self.prepared, "validation", self.users[trainer.global_rank :: trainer.world_size])
         gains_U = per_user_metrics(ranks.filtered, ks=(10,))["ndcg@10"]
-        sums = torch.tensor([gains_U.sum(), len(gains_U)], dtype=torch.float64)
-        if trainer.world_size > 1:
-            sums = sums.to(trainer.strategy.root_device)
-            torch.distributed.all_reduce(sums)
-        return float(sums[0] / sums[1])
+        return _mean_over_processes(trainer, torch.tensor([gains_U.sum(), len(gains_U)], dtype=torch.float64))
+
+
+def _mean_over_processes(trainer, sum_and_count: torch.Tensor) -> float:
+    if trainer.world_size > 1:
+        sum_and_count = sum_and_count.to(trainer.strategy.root_device)
+        torch.distributed.all_reduce(sum_and_count)
+    return float(sum_and_count[0] / sum_and_count[1])
 
 
 class _SaveLast(Callback):
