@@ -15,7 +15,7 @@ from textrec.data.prepared import PreparedSet
 from textrec.evaluation.ranking import Ranks
 from textrec.schema import InputError
 from textrec.study.claims import NOT_ATTEMPTED, PLUMBING, Claim, Verdict, judge_rows, load_claims
-from textrec.study.records import Record, Run, load_records, protocol, write_text
+from textrec.study.records import Record, Run, protocol, write_text
 
 SUMMED_COSTS = ("wall_s", "cpu_s", "tokens", "energy_wh")  # over seeds; of memory the largest counts
 FEWEST_SEEDS = 3  # for a spread
@@ -217,11 +217,6 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
     return pandas.DataFrame(lines)
 
 
-def run_group(run: Run) -> list[Record]:
-    """Return the finished records of the same notebook and variant, all seeds, with that of `run` if it is written."""
-    return [record for record in load_records(run.scale, run.notebook, run.variant) if record.variant == run.variant]
-
-
 def verdict_table(verdicts: Iterable[Verdict | Judged]):
     """Return a frame: published beside ours, interval, seeds, gap, verdict and the command; orderings hold differences.
 
@@ -268,16 +263,6 @@ def format_estimate(value: float | None, low: float | None = None, high: float |
     if value == round(value) and abs(value) > 1 and low in (None, value):
         return f"{value:,.0f}"
     return f"{value:.4f}" if low is None or math.isnan(low) else f"{value:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def markdown(frame) -> str:
-    """Return a frame as a Markdown table; pipes are escaped, missing cells are empty."""
-    def line(cells: Iterable[object]) -> str:
-        texts = ("" if cell is None or cell != cell else str(cell) for cell in cells)
-        return "| " + " | ".join(" ".join(text.split()).replace("|", "\\|") for text in texts) + " |"
-
-    return "\n".join([line(frame.columns), line("---" for _ in frame.columns),
-                      *(line(row) for row in frame.itertuples(index=False))])  # fmt: skip
 
 
 def export_table(frame, stem: Path, *, scale: str) -> list[Path]:
