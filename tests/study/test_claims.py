@@ -187,7 +187,10 @@ def test_unlike_things_are_not_compared():
 def test_a_difference_is_accepted_only_where_the_ledger_says_so():
     claim = with_(protocol={"split": "leave_one_out", "validation": 512})
     assert "validation" in mismatch(claim, OURS, "set")
-    assert mismatch(dataclasses.replace(claim, accepts={"validation": "same targets"}), OURS, "set") is None
+    claim = dataclasses.replace(claim, accepts={"validation": "same targets"})
+    assert mismatch(claim, OURS, "set") is None
+    assert judged(claim, 0.2).reason.endswith("accepted although validation differs: same targets")
+    assert "accepted" not in judged(claim, 0.2, protocol=OURS | {"validation": 512}).reason
 
 
 @pytest.mark.parametrize("numbers", [(math.nan, None, None), (0.2, 0.3, 0.4), (0.2, 0.1, math.inf)])
@@ -244,6 +247,10 @@ def test_orderings_need_the_paired_difference():
     assert verdicts_of(rows, [ordering])[0].startswith("not attempted (an ordering needs the interval")
     paired = {("model", "other", "ndcg@10"): (0.1, 0.08, 0.12)}
     assert verdicts_of(rows, [ordering], differences=paired) == ["ordering reproduced"]
+    sampled = dataclasses.replace(ordering, protocol={"ranking": "sampled_uniform_100"})
+    for each in rows:
+        each["slices"] = {"sampled_uniform_100": each["metrics"]}
+    assert verdicts_of(rows, [sampled], differences=paired)[0].startswith("not attempted (an ordering needs")
 
 
 def test_smoke_rows_are_plumbing_whatever_they_reach():

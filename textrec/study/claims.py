@@ -202,6 +202,9 @@ def judge(claim: Claim, value: float, low: float | None, high: float | None, pro
     word, reason = {"level": _judge_level, "floor": _judge_floor, "ordering": _judge_ordering, "ratio": _judge_ratio}[
         claim.kind
     ](claim, value, bounds[0], bounds[-1], has_interval=len(bounds) == 3)
+    for name, why in claim.accepts.items():
+        if protocol.get(name) != claim.protocol.get(name):
+            reason += f"; accepted although {name} differs: {why}"
     return Verdict(claim, word, value, low, high, reason)
 
 
@@ -288,7 +291,8 @@ def _measured(claim: Claim, section: str | None, rows: Mapping[str, Mapping], di
         found.append(metrics[claim.metric])
     if claim.kind == "ordering":
         difference = (found[0]["value"] - found[1]["value"], None, None)
-        return differences.get((claim.row, claim.over, claim.metric), difference)
+        paired = differences.get((claim.row, claim.over, claim.metric))
+        return paired if paired and section is None else difference  # ranks are those of the main metrics
     if claim.kind == "ratio":
         return found[0]["value"] / found[1]["value"], None, None
     return found[0]["value"], found[0]["low"], found[0]["high"]
