@@ -36,8 +36,8 @@ def _without_tags(text: str) -> str:
 def build_catalogue(connection, items_query: str | None, *, duplicate_items: str, unknown_items: str) -> dict[str, int]:
     """Create the table `catalogue` (item, title, text columns) in the order of the table `kept_items`; return counts.
 
-    `kept_items` has the columns `item` (external id) and `textrec_number` (internal id from 1). Lists become one text joined
-    by ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
+    `kept_items` has the columns `item` (external id) and `textrec_number` (internal id from 1). Lists become one text
+    joined by ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
     """
     if items_query is None:
         connection.execute("CREATE TABLE catalogue AS SELECT textrec_number, item, '' AS title FROM kept_items")

@@ -82,7 +82,7 @@ def prepare(
     resolved = Choices.of({**recipe.choices, **choices})
     changed = {key: value for key, value in choices.items() if value != asdict(Choices.of(recipe.choices))[key]}
     name += "".join(f"+{key}={value}" for key, value in sorted(changed.items()))
-    return _prepare(name, recipe, files, resolved, Path(processed or PROCESSED), progress)
+    return prepare_recipe(name, recipe, files, resolved, Path(processed or PROCESSED), progress)
 
 
 def prepare_frames(
@@ -107,12 +107,18 @@ def prepare_frames(
         if not path.is_file():
             raise InputError(f"{path} is not a file")
     recipe = SetRecipe(name=name, reader="frames.read", options={"columns": dict(columns)} if columns else {})
-    return _prepare(name, recipe, files, Choices.of(choices), Path(processed or PROCESSED), progress)
+    return prepare_recipe(name, recipe, files, Choices.of(choices), Path(processed or PROCESSED), progress)
 
 
-def _prepare(
-    name, recipe: SetRecipe, files: dict[str, Path], choices: Choices, processed: Path, progress
+def prepare_recipe(
+    name: str,
+    recipe: SetRecipe,
+    files: Mapping[str, Path],
+    choices: Choices,
+    processed: Path,
+    progress: Progress | None = None,
 ) -> PreparedSet:
+    """Build or reuse `processed/name` from `files` (role: path), which `recipe.reader` understands."""
     identity = {
         "name": name,
         "format": FORMAT,
@@ -258,7 +264,8 @@ def _write_histories(connection, folder: Path, order: str, has_times: bool) -> d
     np.save(folder / "offsets.npy", offsets_U1)
     total = int(offsets_U1[-1])
     terms = ", ".join(f"log.{term}" for term in order.split(", "))
-    ordered = connection.sql(f"""SELECT textrec_number AS item, CAST(floor(coalesce(log.time, 0)) AS BIGINT) AS time FROM log
+    seconds = "CAST(floor(coalesce(log.time, 0)) AS BIGINT)"
+    ordered = connection.sql(f"""SELECT textrec_number AS item, {seconds} AS time FROM log
         JOIN source_items USING (i) JOIN kept_items USING (item) ORDER BY u, {terms}""")
     with (
         array_file(folder / "items.npy", np.int32, total) as items,
