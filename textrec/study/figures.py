@@ -213,6 +213,7 @@ def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch", y: str 
             ends.append((xs[-1], ys[-1], name, colour))
         axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}.get(x, x))
         axes.set_ylabel(f"{y} on validation targets" if "loss" not in y else y.replace("_", " "))
+        axes.xaxis.get_major_locator().set_params(integer=x == "epoch")
         _label_ends(axes, ends)
     return figure
 
@@ -276,7 +277,7 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, title: str = "", percent:
         axes.set_yticks([-place for place in range(len(data))], [bar["label"] for bar in data])
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, axes.get_xlim()[1] if any(bar["value"] for bar in data) else 1)
         axes.set_xlabel(f"{xlabel} (%)" if percent else xlabel)
         axes.set_title(title)
         if len(colour) > 1:
@@ -300,10 +301,11 @@ def protocol_data(group: Sequence[Record], metric: str = "ndcg@10", *, other: st
 def cost_data(group: Sequence[Record], metric: str = "ndcg@10", *, cost: str = "wall_s") -> list[dict]:
     """Return per row the mean cost of one seed (x) and the metric with its interval (y, low, high), from records."""
     return [
-        {"row": row["row"], "x": row["cost"][cost] / max(1, len(row["seeds"])), "y": row["metrics"][metric]["value"],
-         "low": row["metrics"][metric]["low"], "high": row["metrics"][metric]["high"]}
+        {"row": row["row"], "x": max(row["cost"][cost] / max(1, len(row["seeds"])), 0.01),  # 0 has no logarithm
+         "y": row["metrics"][metric]["value"], "low": row["metrics"][metric]["low"],
+         "high": row["metrics"][metric]["high"]}
         for row in merged_rows(group)
-        if metric in row["metrics"] and row["cost"].get(cost)
+        if metric in row["metrics"] and cost in row["cost"]
     ]  # fmt: skip
 
 
