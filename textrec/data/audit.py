@@ -44,13 +44,11 @@ class Audit:
         return pandas.DataFrame(self.findings, dtype=object).rename(index=DESCRIPTIONS)
 
     def __repr__(self) -> str:
-        lines = [f"audit of {self.name} ({self.fingerprint[:12]}), ties redrawn {self.draws} times"]
-        lines.append(f"{'':<62}{TARGETS[0]:>12}{TARGETS[1]:>12}")
-        for name, text in DESCRIPTIONS.items():
-            values = (_shown(self.findings[which][name]) for which in TARGETS)
-            lines.append(f"{text:<62}" + "".join(f"{value:>12}" for value in values))
-        lines += [f"{f'items {text}':<62}{count:>24,}" for text, count in self.titles.items()]
-        return "\n".join(lines)
+        titles = ", ".join(f"{count:,} {text}" for text, count in self.titles.items())
+        return (
+            f"audit of {self.name} ({self.fingerprint[:12]}), ties redrawn {self.draws} times; items: {titles}\n"
+            + self.to_frame().map(_shown).to_string()
+        )
 
 
 def audit(prepared: PreparedSet, *, draws: int = 5) -> Audit:
@@ -93,44 +91,38 @@ def has_times(histories: Histories) -> bool:
 
 def data_card(prepared: PreparedSet, findings: Audit | None = None) -> str:
     """Return a description of the set in Markdown: sources, filters, statistics against the publisher's, choices."""
-    details, histories = prepared.details, prepared.histories
-    lines = [f"# {prepared.name}", "", details["note"], ""] if details["note"] else [f"# {prepared.name}", ""]
-    lines += ["| | ours | published |", "|---|--:|--:|"]
-    lines += [
-        f"| {key} | {value:,} | {_shown(details['published'].get(key))} |" for key, value in details["counts"].items()
-    ]
-    lines += ["", "| step | users | items | interactions |", "|---|--:|--:|--:|"]
-    lines += [
-        f"| {step['step']} | {step['users']:,} | {step['items']:,} | {step['interactions']:,} |"
-        for step in details["steps"]
-    ]
-    lengths_U = histories.lengths_U
-    density = len(histories.items_E) / (histories.num_users * prepared.num_items)
+    details, histories, lengths_U = prepared.details, prepared.histories, prepared.histories.lengths_U
+    counts, published, targets = details["counts"], details["published"], details["targets"]
+    texts = prepared.catalogue.drop(columns="item")
     facts = {
         "interactions per user": f"{lengths_U.min()} to {lengths_U.max():,}, median {np.median(lengths_U):g}, "
         f"mean {lengths_U.mean():.1f}",
-        "density": f"{density:.3%}",
+        "density": f"{counts['interactions'] / counts['users'] / counts['items']:.3%}",
         "times": _time_range(histories) if has_times(histories) else "an order only",
-        "validation and test targets": f"{details['targets']['validation']:,} and {details['targets']['test']:,}",
+        "validation and test targets": f"{targets['validation']:,} and {targets['test']:,}",
         "item rows": ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in details["catalogue"].items()),
-        "texts filled": ", ".join(f"{key} {share:.1%}" for key, share in _filled(prepared).items()),
+        "texts filled": ", ".join(f"{name} {(texts[name] != '').mean():.1%}" for name in texts),
         "choices": ", ".join(f"{key} {value}" for key, value in details["choices"].items()),
         "fingerprint": f"`{prepared.fingerprint}`",
     }
     if details["ties"]:
         tied, last = details["ties"]["interactions"], details["ties"]["last"]
         facts["tied times"] = f"{tied:.1%} of interactions, the newest two of {last:.1%} of users"
-    lines += [
-        "",
-        *(f"- {key}: {value}" for key, value in facts.items()),
-        "",
-        "| source | bytes | sha256 |",
-        "|---|--:|---|",
+    parts = [
+        f"# {prepared.name}",
+        details["note"],
+        _table(("", "ours", "published"), [(key, counts[key], published.get(key)) for key in counts]),
+        _table(("step", "users", "items", "interactions"), [step.values() for step in details["steps"]]),
+        "\n".join(f"- {key}: {value}" for key, value in facts.items()),
+        _table(("source", "bytes", "sha256"), [(s["file"], s["bytes"], s["sha256"]) for s in details["sources"]]),
+        f"```\n{findings}\n```" if findings else "",
     ]
-    lines += [f"| {source['file']} | {source['bytes']:,} | `{source['sha256']}` |" for source in details["sources"]]
-    if findings:
-        lines += ["", "```", repr(findings), "```"]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(header: tuple[str, ...], rows) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *([_shown(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _training_times(prepared: PreparedSet) -> np.ndarray:
@@ -176,11 +168,6 @@ def _titles(prepared: PreparedSet) -> dict[str, int]:
     }
 
 
-def _filled(prepared: PreparedSet) -> dict[str, float]:
-    texts = prepared.catalogue.drop(columns="item")
-    return {name: float((texts[name] != "").mean()) for name in texts}
-
-
 def _time_range(histories: Histories) -> str:
     first, last = (
         np.datetime64(int(value), "s").astype("datetime64[D]")
@@ -190,6 +177,6 @@ def _time_range(histories: Histories) -> str:
 
 
 def _shown(value) -> str:
-    if value is None:
-        return "-"
+    if value is None or isinstance(value, str):
+        return value or "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

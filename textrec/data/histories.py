@@ -1,8 +1,8 @@
 """User histories as flat, memory-mapped arrays, and batches gathered from them without a loop per row.
 
-A set of U users and E interactions is three arrays: `items_E` (int32, ids 1..num_items), `times_E` (int64 unix seconds,
-all zero where the source gives an order only) and `offsets_U1` (int64): user u owns rows offsets[u]..offsets[u+1], oldest
-first. A split is three positions per user in that user's own row, so it costs no copy.
+A set of U users and E interactions is three arrays: `items_E` (int32, ids 1..num_items), `times_E` (int64 unix
+seconds, all zero where the source gives an order only) and `offsets_U1` (int64): user u owns rows
+offsets[u]..offsets[u+1], oldest first. A split is three positions per user in that user's own row: it costs no copy.
 """
 
 from dataclasses import dataclass

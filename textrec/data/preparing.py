@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     _filter(steps, choices, order, tables)
     with readable(files):
         catalogue = _number(connection, choices, tables)
-    arrays = _write_histories(connection, folder, order, has_times)
+    arrays = _write_histories(connection, folder, order)
     histories = Histories.load(folder)
     split = splitting.split_histories(
         histories,
@@ -174,11 +174,9 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
         cold_targets=choices.cold_targets,
         seed=choices.seed,
     )
-    for key, array in (
-        ("train_end", split.train_end_U),
-        ("validation_target", split.validation_target_U),
-        ("test_target", split.test_target_U),
-    ):
+    for entry in fields(split):
+        array = getattr(split, entry.name)
+        key = entry.name.removesuffix("_U")
         np.save(folder / f"{key}.npy", array)
         arrays[key] = hashlib.sha256(array.tobytes()).hexdigest()
     arrays |= _write_tables(connection, folder)
@@ -186,9 +184,8 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     counts = {"users": histories.num_users, "items": num_items, "interactions": len(histories.items_E)}
     text_hash = arrays.pop("catalogue_text")
     changed = {key: value for key, value in asdict(choices).items() if value != getattr(Choices, key)}
-    decided = json.dumps(
-        [changed, arrays], sort_keys=True
-    )  # a choice added later leaves older fingerprints as they are
+    # defaults are left out: a choice added later leaves older fingerprints as they are
+    decided = json.dumps([changed, arrays], sort_keys=True)
     return {
         "times": "seconds" if has_times else "order",
         "counts": counts,
@@ -235,10 +232,8 @@ def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
     users = steps.connection.execute("SELECT DISTINCT u FROM log ORDER BY u").fetchnumpy()["u"]
     if size > len(users):
         raise InputError(f"user_sample is {size} but only {len(users)} users are left after the filters")
-    import pandas
-
-    sample = pandas.DataFrame({"u": np.sort(generator(seed, "user_sample").choice(users, size, replace=False))})
-    steps.connection.register("user_sample", sample)
+    chosen = generator(seed, "user_sample").choice(users, size, replace=False)
+    steps.connection.register("user_sample", {"u": np.sort(chosen)})
     steps.keep(f"{size} random users, seed {seed}", "SELECT log.* FROM log SEMI JOIN user_sample USING (u)")
     steps.connection.unregister("user_sample")
 
@@ -257,7 +252,7 @@ def _number(connection, choices: Choices, tables: Tables) -> dict:
     )
 
 
-def _write_histories(connection, folder: Path, order: str, has_times: bool) -> dict[str, str]:
+def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
     """Write `items.npy`, `times.npy` and `offsets.npy` batch by batch; return their sha256."""
     lengths = connection.execute("SELECT count(*) AS n FROM log GROUP BY u ORDER BY u").fetchnumpy()["n"]
     offsets_U1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
