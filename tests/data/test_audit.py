@@ -73,7 +73,9 @@ def test_a_set_without_times_says_so(tmp_path):
 def test_the_audit_prints_itself_and_becomes_a_frame(prepared):
     found = audit(prepared)
     assert repr(found).startswith(f"audit of hand ({prepared.fingerprint[:12]}), ties redrawn 5 times")
-    assert "targets whose item no training interaction has" in repr(found)
+    words = [line.split() for line in repr(found).splitlines()]
+    assert [*"users with a target".split(), "2", "2"] in words  # counts are whole numbers
+    assert [*"targets whose item no training interaction has".split(), "2", "1"] in words
     frame = found.to_frame()
     assert frame.loc["targets whose item no training interaction has"].tolist() == [2, 1]
     assert list(frame.columns) == ["validation", "test"]

@@ -41,7 +41,8 @@ class Audit:
         """Return the findings as a pandas frame: a row per finding, a column per kind of target."""
         import pandas
 
-        return pandas.DataFrame(self.findings, dtype=object).rename(index=DESCRIPTIONS)
+        columns = {which: pandas.Series(found, dtype=object) for which, found in self.findings.items()}
+        return pandas.DataFrame(columns).rename(index=DESCRIPTIONS)  # objects: counts stay whole numbers beside shares
 
     def __repr__(self) -> str:
         titles = ", ".join(f"{count:,} {text}" for text, count in self.titles.items())
