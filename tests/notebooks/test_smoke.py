@@ -2,7 +2,7 @@
 
 import pytest
 
-from textrec.paths import NOTEBOOKS, ROOT
+from textrec.paths import NOTEBOOKS, PARAMETERS, ROOT
 from textrec.study import records, runner
 from textrec.study.records import Record
 
@@ -12,8 +12,7 @@ PROMISED = {"00": {"users", "items", "interactions", "mean_length"}, "01": {"ndc
 
 def tracked_places() -> dict[str, float]:
     """Return what a run must leave alone, with its time of change."""
-    folders = [ROOT / "notebooks", *(ROOT / "papermill_runs" / name for name in ("parameters", "laptop", "paper"))]
-    inside = [path for folder in folders for path in folder.rglob("*") if ".ipynb_checkpoints" not in path.parts]
+    inside = [path for folder in (NOTEBOOKS, PARAMETERS) for path in folder.rglob("*.[iy]*")]
     return {str(path): path.stat().st_mtime for path in [*inside, *ROOT.glob("*.*")] if path.is_file()}
 
 
