@@ -12,7 +12,7 @@ from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.models.sequence_model import Layout
 from textrec.schema import InputError
 
-SIZE = {"num_items": 30, "max_sequence_length": 12, "embedding_dim": 8}
+SIZE = {"num_items": 30, "max_sequence_length": 12, "embedding_dim": 8, "num_blocks": 1}
 MODELS = {
     "sasrec": lambda: SASRec(SASRecConfig(**SIZE)),
     "esasrec": lambda: SASRec(SASRecConfig(**SIZE, block="ligr", temperature=0.05, tie_item_table=False)),
@@ -36,7 +36,7 @@ def scores_of(model, items_BL):
     return torch.cat([torch.full((len(items_BL), 1), -torch.inf), scores_BI[:, 1:]], 1)
 
 
-@pytest.mark.parametrize("name", ["esasrec", "bert4rec", "gru4rec"])
+@pytest.mark.parametrize("name", ["esasrec", "gru4rec"])
 def test_exported_program_scores_what_the_model_scores(name, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]()
