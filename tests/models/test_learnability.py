@@ -27,7 +27,7 @@ ENCODERS = {
 
 
 def histories(num_rows: int, seed: int) -> np.ndarray:
-    """Rows whose next item mostly is the last one's successor, in a table chosen by the parity of the item before it."""
+    """Rows whose next item is mostly the last's successor, in a table chosen by the parity of the item before it."""
     rng = np.random.default_rng(seed)
     successors = np.random.default_rng(99).permuted(np.tile(np.arange(1, NUM_ITEMS + 1), (2, 1)), axis=1)
     items_BL = rng.integers(1, NUM_ITEMS + 1, (num_rows, LENGTH))
