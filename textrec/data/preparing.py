@@ -267,8 +267,8 @@ def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
         array_file(folder / "times.npy", np.int64, total) as times,
     ):
         for batch in ordered.to_arrow_reader(BATCH_ROWS):
-            items.append(batch.column("item").to_numpy())
-            times.append(batch.column("time").to_numpy())
+            items.append(np.from_dlpack(batch.column("item")))
+            times.append(np.from_dlpack(batch.column("time")))
     return {
         "items": items.digest.hexdigest(),
         "times": times.digest.hexdigest(),
