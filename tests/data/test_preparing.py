@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from textrec.data import storage
+from textrec.data.choices import Choices
 from textrec.data.prepared import PreparedSet
-from textrec.data.preparing import known_sets, prepare, prepare_frames
+from textrec.data.preparing import find_recipe, known_sets, prepare, prepare_frames
 from textrec.schema import InputError
 
 TWELVE = """user_id\titem_id\ttimestamp\trating
@@ -160,9 +162,23 @@ def test_overridden_choices_never_replace_the_set(tmp_path):
     assert array_bytes(plain.folder)["items.npy"] == array_bytes(variant.folder)["items.npy"]
 
 
+def test_a_category_fills_the_recipe_of_its_edition(tmp_path):
+    assert find_recipe("amazon-2018-Video_Games").files["items"] == "raw/amazon-2018/meta_Video_Games.json.gz"
+    assert find_recipe("amazon-2018-games").reader == "frames.read"
+    assert find_recipe("amazon-2018-unheard-of") is None
+    path = tmp_path / "raw/amazon-2014/reviews_Toys_5.json.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(b'{"reviewerID": "A", "asin": "B", "unixReviewTime": 1, "overall": 5.0}\n'))
+    (path.parent / "meta_Toys.json.gz").write_bytes(gzip.compress(b"{'asin': 'B', 'title': 'Top'}\n"))
+    prepared = prepare("amazon-2014-Toys", raw=tmp_path, processed=tmp_path / "out")
+    assert prepared.name == "amazon-2014-Toys" and prepared.catalogue["title"].tolist() == ["Top"]
+
+
 def test_every_recipe_is_well_formed():
     for name, recipe in known_sets().items():
-        assert recipe.name == name and "." in recipe.reader
+        module, function = recipe.reader.split(".")
+        assert recipe.name == name and callable(getattr(import_module(f"textrec.data.sources.{module}"), function))
+        assert Choices.of(recipe.choices)
         assert set(recipe.published) <= {"users", "items", "interactions"}
 
 

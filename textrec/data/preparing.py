@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +55,17 @@ def known_sets() -> dict[str, SetRecipe]:
     return {name: SetRecipe(name=name, **entry) for name, entry in yaml.safe_load(text).items()}
 
 
+def find_recipe(name: str) -> SetRecipe | None:
+    """Return the recipe called `name`; `amazon-2018-Video_Games` is `amazon-2018-{category}` of that category."""
+    for pattern, recipe in known_sets().items():
+        prefix, placeholder, _ = pattern.partition("{category}")
+        category = name.removeprefix(prefix)
+        if pattern == name or (placeholder and name.startswith(prefix) and category[:1].isupper()):
+            files = {role: path.replace("{category}", category) for role, path in recipe.files.items()}
+            return replace(recipe, name=name, files=files)
+    return None
+
+
 def prepare(
     name: str,
     *,
@@ -67,7 +78,7 @@ def prepare(
 
     `choices` override the recipe's; the folder then carries them in its name, so a variant never replaces the set.
     """
-    recipe, folder = known_sets().get(name), Path(processed or PROCESSED) / name
+    recipe, folder = find_recipe(name), Path(processed or PROCESSED) / name
     if recipe is None and (folder / "fingerprint.json").is_file() and not choices:
         return PreparedSet.load(folder)  # made by `prepare_frames`
     if recipe is None:
