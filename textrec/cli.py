@@ -291,7 +291,7 @@ def study(
     chosen = {"numbers": notebooks, "seeds": seeds or [0]}
     estimates = [estimate_seconds(one) for one in plan(scale.value, **chosen)]
     known = sum(seconds for seconds in estimates if seconds)
-    typer.echo(f"{len(estimates)} runs at scale {scale}, about {known / 60 / jobs:.0f} minutes if nothing is done yet")
+    typer.echo(f"{len(estimates)} runs at scale {scale}, about {known / 60 / jobs:.0f} min if nothing is done yet")
     outcomes = run_study(scale.value, **chosen, jobs=jobs, force=force, tell=tell)
     typer.echo(f"report: {FIGURES / 'report.html'}")
     raise typer.Exit(any(outcome.status in ("failed", "out_of_memory") for outcome in outcomes))
