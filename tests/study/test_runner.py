@@ -1,5 +1,6 @@
 """The runner on notebooks of three cells: what runs, what is left out, what a failure leaves behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -53,7 +54,8 @@ def write_notebook(path, *sources):
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A project of one notebook, with all that the runner asks of the outside replaced."""
-    fingerprints = {"toy": "f1"}
+    fingerprints, claims = {"toy": "f1"}, dict(runner.load_claims())
+    monkeypatch.setattr(runner, "load_claims", lambda: claims)
     for module in (parameters, runner):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     for module in (records, runner):
@@ -67,7 +69,7 @@ def study(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "common.yaml").write_text("scale: smoke\n")
     (folder / "01.yaml").write_text("# time: 2 min on 2 cores\ndataset: toy\n")
-    return SimpleNamespace(root=tmp_path, parameters=folder, fingerprints=fingerprints,
+    return SimpleNamespace(root=tmp_path, parameters=folder, fingerprints=fingerprints, claims=claims,
                            run_dir=tmp_path / "runs" / "smoke" / "01" / "seed0")  # fmt: skip
 
 
@@ -99,12 +101,15 @@ def test_a_run_is_recorded_once_and_again_only_when_something_changed(study):
 
     write_notebook(study.root / "notebooks" / "01_toy.ipynb", PARAMETERS, BODY + "\nx = 1\n")
     assert runner.run_notebook("01").status == "ok", "another cell"
+    claim = next(claim for claim in runner.load_claims().values() if claim.notebook == "01")
+    study.claims[claim.id] = dataclasses.replace(claim, value=0.5)
+    assert runner.run_notebook("01").status == "ok", "another claim"
     study.fingerprints["toy"] = "f2"
     assert runner.run_notebook("01").status == "ok", "other data"
     study.fingerprints["code"] = "other"
     assert runner.run_notebook("01").status == "ok", "other code"
     assert runner.run_notebook("01", force=True).status == "ok"
-    assert starts(study) == 5
+    assert starts(study) == 6
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,7 @@ def test_the_record_of_an_earlier_run_does_not_vouch_for_a_later_one(study):
     [
         ({"overrides": {"moot": "good"}}, "no parameter `moot`; the closest is `mood`"),
         ({"overrides": {"mood": 1}}, "expected str"),
+        ({"overrides": {"seed": 1}}, "seed is no parameter to override"),
         ({"scale": "laptop"}, "common.yaml does not exist"),
         ({"variant": "books"}, "01-books.yaml does not exist"),
         ({"overrides": {"dataset": "moon"}}, "the files of moon are missing"),

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from textrec.data.preparing import prepare
 from textrec.paths import NOTEBOOKS, ROOT, RUNS
 from textrec.provenance import code_hash
 from textrec.schema import InputError
+from textrec.study.claims import load_claims
 from textrec.study.parameters import (
     COMMON,
     code_cells,
@@ -36,6 +38,7 @@ from textrec.study.records import Record, Run, load_records, write_record
 REPORT = "11"  # reads the records of all others: it runs last, once, always, and is no measurement itself
 OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)
 UNITS = {"s": 1, "min": 60, "h": 3600}
+ONE_AT_A_TIME = threading.Lock()  # partial folders are told apart by process, not by thread
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,24 @@ def _prepare_run(number: str, scale: str, variant: str | None, seed: int, overri
     folder = RUNS / scale / (f"{number}-{variant}" if variant else number) / f"seed{seed}"
     run_dir = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
     common = {"scale": scale, "seed": seed, "run_dir": run_dir}
+    if taken := common.keys() & (overrides or {}):
+        raise InputError(f"{min(taken)} is no parameter to override: the scale and the seed of a run decide it")
     values = resolve_parameters(number, scale, variant, (overrides or {}) | common)
     return Run(**{name: values[name] for name in COMMON}), values
 
 
 def _inputs(run: Run, values: dict[str, object]) -> dict:
-    """Return what decides a measurement: digests of code and parameters, fingerprints of the data sets."""
+    """Return what decides a record: digests of code, claims and parameters, fingerprints of the data sets."""
     cells = [ast.dump(ast.parse(source)) for source, _ in code_cells(notebook_path(run.notebook))]
-    described = json.dumps([cells, values], sort_keys=True)
+    judged_by = [str(claim) for claim in load_claims().values() if claim.notebook == run.notebook]
+    described = json.dumps([cells, judged_by, values], sort_keys=True)
     names = [run.dataset, *(name for key, value in values.items() if key.endswith("datasets") for name in value)]
+    with ONE_AT_A_TIME:
+        fingerprints = {name: prepare(name).fingerprint for name in names}
     return {
         "package": code_hash((ROOT / "textrec").rglob("*.py")),
         "notebook": hashlib.sha256(described.encode()).hexdigest()[:16],
-        "data": {name: prepare(name).fingerprint for name in names},
+        "data": fingerprints,
     }
 
 
