@@ -140,9 +140,41 @@ def test_impossible_input_is_refused(changes, sentence):
         rank_table(**({"scores": [[1.0, 2.0, 3.0]], "targets": [1]} | changes))
 
 
-def test_a_scorer_that_forgets_the_padding_row_is_refused():
-    with pytest.raises(ValueError, match=r"\(1, 4\).*expected \(1, 3\)"):
-        rank_targets(lambda rows: torch.zeros(1, 4), np.arange(1), np.ones(1), nothing_seen, num_items=3)
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        lambda rows: torch.zeros(1, 4),
+        VectorScorer(lambda rows: torch.zeros(1, 2), torch.zeros(4, 2)),
+        VectorScorer(lambda rows: torch.zeros(2, 2), torch.zeros(3, 2)),
+    ],
+)
+def test_a_padding_row_or_a_missing_user_is_refused(scorer):
+    with pytest.raises(ValueError, match="expected .* the padding row is no item"):
+        rank_targets(scorer, np.arange(1), np.ones(1), nothing_seen, num_items=3)
+
+
+def test_a_catalogue_too_large_for_exact_sums_is_refused():
+    with pytest.raises(ValueError, match="num_items=16777216, expected less"):
+        rank_targets(lambda rows: None, np.arange(1), np.ones(1), nothing_seen, num_items=2**24)
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_like_a_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rng = generator("gpu")
+    users = torch.from_numpy(rng.integers(-3, 4, (3000, 8)).astype(np.float32))  # whole numbers: exact on both
+    items = torch.from_numpy(rng.integers(-3, 4, (700, 8)).astype(np.float32))
+    targets, seen = rng.integers(1, 701, 3000), seen_lists([list(rng.integers(1, 701, 20)) for _ in range(3000)])
+    on_cpu, on_gpu = (
+        rank_targets(
+            VectorScorer(lambda rows: users[rows], items.to(device)), np.arange(3000), targets, seen, num_items=700
+        )
+        for device in ("cpu", "cuda")
+    )
+    for rule in ("filtered", "kept"):
+        for name, values in vars(getattr(on_cpu, rule)).items():
+            assert np.array_equal(getattr(getattr(on_gpu, rule), name), values)
 
 
 def test_the_place_of_the_target_in_the_list_does_not_matter():

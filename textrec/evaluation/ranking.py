@@ -19,6 +19,7 @@ Seen = Callable[[slice], tuple[np.ndarray, np.ndarray]]  # rows -> their seen it
 
 CHUNK_SCORES = 2**20  # scores compared at once on a CPU: they and their flags stay in the second-level cache
 BLOCK_SCORES = 2**22  # scores asked of a scorer at once on a CPU
+MAX_ITEMS = 2**24  # flags are summed in float32, the fastest way; such sums are exact below
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def rank_targets(
     for rows, scores_BI, flags_BI in _chunks(scorer, users_U, num_items, block_users):
         targets_B1 = torch.from_numpy(targets_U[rows, None]).to(scores_BI.device)
         target_scores_B1 = scores_BI.gather(1, targets_B1 - 1)
-        higher_B = torch.gt(scores_BI, target_scores_B1, out=flags_BI).sum(1)  # sums of ones are exact below 2**24
+        higher_B = torch.gt(scores_BI, target_scores_B1, out=flags_BI).sum(1)
         tied_B = torch.eq(scores_BI, target_scores_B1, out=flags_BI).sum(1)
         counts_5U[:2, rows] = torch.stack([higher_B, tied_B - 1]).cpu().numpy()
         counts_5U[2:, rows] = _count_seen(scores_BI, targets_U[rows], target_scores_B1[:, 0].cpu().numpy(), seen(rows))
@@ -181,10 +182,14 @@ def _chunks(
     by_vectors = isinstance(scorer, VectorScorer)
     on_gpu = by_vectors and scorer.item_vectors.is_cuda
     block_users = block_users or int(np.clip(BLOCK_SCORES // num_items, 16, 256)) * (16 if on_gpu else 1)
+    width = num_items
+    if by_vectors:
+        _expect_shape("item vectors", scorer.item_vectors, (num_items, width := scorer.item_vectors.shape[1]))
     product = flags = None
     for start in range(0, len(users_U), block_users):
         block = slice(start, min(start + block_users, len(users_U)))
-        given = scorer.users(block) if by_vectors else _checked_scores(scorer(block), block, num_items)
+        given = scorer.users(block) if by_vectors else _at_least_single(scorer(block).detach())
+        _expect_shape("what the scorer returned", given, (block.stop - start, width))
         chunk_users = len(given) if given.is_cuda else max(CHUNK_SCORES * torch.get_num_threads() // num_items, 16)
         for first in range(0, len(given), chunk_users):
             part = given[first : first + chunk_users]
@@ -203,9 +208,8 @@ def _count_seen(
     """Return [3, B]: each user's distinct seen items other than the target, in all, scored above it, tied with it."""
     first_B = np.arange(len(targets_B)) * scores_BI.shape[1]
     cells_E = np.sort(_seen_cells(seen, scores_BI.shape[1]))
-    cells_E = np.append(
-        cells_E[np.diff(cells_E, prepend=-1) > 0], scores_BI.numel()
-    )  # distinct, and one behind the end
+    cells_E = cells_E[np.diff(cells_E, prepend=-1) > 0]
+    cells_E = np.append(cells_E, scores_BI.numel())  # so that every search below finds something
     starts_B = np.searchsorted(cells_E, first_B)
     counts_B = np.diff(starts_B, append=len(cells_E) - 1)
     target_cells_B = first_B + targets_B - 1
@@ -230,7 +234,9 @@ def _seen_cells(seen: tuple[np.ndarray, np.ndarray], num_items: int) -> np.ndarr
 
 
 def _checked_targets(users_U: np.ndarray, targets_U: np.ndarray, num_items: int) -> np.ndarray:
-    targets_U = np.asarray(targets_U, dtype=np.int64)
+    if num_items >= MAX_ITEMS:
+        raise ValueError(f"num_items={num_items}, expected less than {MAX_ITEMS}")
+    targets_U = np.array(targets_U, dtype=np.int64)
     if len(users_U) != len(targets_U):
         raise ValueError(f"{len(users_U)} users but {len(targets_U)} targets")
     wrong = np.flatnonzero((targets_U < 1) | (targets_U > num_items))
@@ -239,11 +245,9 @@ def _checked_targets(users_U: np.ndarray, targets_U: np.ndarray, num_items: int)
     return targets_U
 
 
-def _checked_scores(scores_BI: torch.Tensor, rows: slice, num_items: int) -> torch.Tensor:
-    expected = (rows.stop - rows.start, num_items)
-    if tuple(scores_BI.shape) != expected:
-        raise ValueError(f"the scorer returned shape {tuple(scores_BI.shape)} for rows {rows}, expected {expected}")
-    return _at_least_single(scores_BI.detach())
+def _expect_shape(name: str, values: torch.Tensor, expected: tuple[int, int]) -> None:
+    if tuple(values.shape) != expected:
+        raise ValueError(f"{name}: shape {tuple(values.shape)}, expected {expected}; the padding row is no item")
 
 
 def _at_least_single(values: torch.Tensor) -> torch.Tensor:
