@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from strip_notebooks import CHECKED, stripped
 
 from textrec.paths import NOTEBOOKS
 from textrec.schema import InputError
@@ -13,7 +14,6 @@ from textrec.study.parameters import COMMON, notebook_parameters
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 CELL_LINES, NOTEBOOK_LINES, TEXT_LINES = 25, 130, 20  # non-blank
-CHECKED = "# NBVAL_CHECK_OUTPUT"
 FORBIDDEN = {
     r"^\s*[!%]": "a shell or magic command",
     r"filterwarnings\(.ignore": "a silenced warning",
@@ -36,9 +36,11 @@ def problems(notebook: dict) -> list[str]:
     """Return what is wrong with the source of a notebook, in words."""
     cells = notebook["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
-    found = [*_problems_of_text(cells), *_problems_of_outputs(code)]
-    if notebook["metadata"].get("kernelspec", {}).get("name") != "python3":
-        found.append("the kernel is not python3")
+    found = _problems_of_text(cells)
+    if stripped(notebook) != notebook:
+        found.append("not stripped: run `python tests/strip_notebooks.py`")
+    if any(source(cell).startswith(CHECKED) and not cell["outputs"] for cell in code):
+        found.append("a checked cell has no output to compare: run the notebook, save it and strip it")
     if sum(map(lines, code)) > NOTEBOOK_LINES:
         found.append(f"{sum(map(lines, code))} lines of code, more than {NOTEBOOK_LINES}")
     tagged = [place for place, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])]
@@ -63,19 +65,6 @@ def _problems_of_text(cells) -> list[str]:
             found.append(f"a text of {lines(cell)} lines")
         if TYPED_NUMBER.search(source(cell)):
             found.append(f"a typed number: {TYPED_NUMBER.search(source(cell))[0]}")
-    return found
-
-
-def _problems_of_outputs(code) -> list[str]:
-    found = []
-    for cell in code:
-        checked = source(cell).startswith(CHECKED)
-        if bool(cell["outputs"]) != checked:
-            found.append("outputs are stored in cells that start with the mark, all of them, and in no other")
-        if (cell["execution_count"] is not None) != checked:  # nbval compares only a cell that was run
-            found.append("checked cells hold an execution counter, and no other")
-        if checked and "keep_output" not in cell["metadata"].get("tags", []):
-            found.append("a checked cell must be tagged keep_output, so that stripping spares it")
     return found
 
 
@@ -140,19 +129,17 @@ def small_notebook() -> dict:
         code = {"outputs": [], "execution_count": None} if kind == "code" else {}
         return {"cell_type": kind, "id": name, "metadata": metadata, "source": text, **code}
 
-    checked = cell("code", "d", CHECKED + "\nprint(1)", tags=["keep_output"])
-    checked |= {"outputs": [{"output_type": "stream", "name": "stdout", "text": "1\n"}], "execution_count": 3}
-    return {
-        "cells": [
-            cell("markdown", "a", "# 99 · A small one\n\n**Question.** Is it clean?"),
-            cell("code", "b", "import textrec"),
-            cell("code", "c", "seed: int = 0  # seed", tags=["parameters"]),
-            checked,
-            cell("code", "e", "x = seed"),
-            cell("markdown", "f", "## What would change our mind\n\nNothing."),
-        ],
-        "metadata": {"kernelspec": {"name": "python3"}},
-    }
+    checked = cell("code", "d", CHECKED + "\nprint(1)")
+    checked["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1\n"}]
+    cells = [
+        cell("markdown", "a", "# 99 · A small one\n\n**Question.** Is it clean?"),
+        cell("code", "b", "import textrec"),
+        cell("code", "c", "seed: int = 0  # seed", tags=["parameters"]),
+        checked,
+        cell("code", "e", "x = seed"),
+        cell("markdown", "f", "## What would change our mind\n\nNothing."),
+    ]
+    return stripped({"cells": cells})
 
 
 @pytest.mark.parametrize(
@@ -176,11 +163,12 @@ def small_notebook() -> dict:
         (4, "source", "warnings.filterwarnings('ignore')", "silenced"),
         (4, "source", "x = 1\n" * 26, "a cell of 26 lines"),
         (4, "source", "x = = 1", "no Python"),
-        (4, "outputs", [{"output_type": "stream", "name": "stdout", "text": "1\n"}], "outputs"),
-        (4, "execution_count", 3, "counter"),
-        (3, "execution_count", None, "counter"),
-        (3, "outputs", [], "outputs"),
-        (3, "metadata", {}, "keep_output"),
+        (4, "outputs", [{"output_type": "stream", "name": "stdout", "text": "1\n"}], "not stripped"),
+        (4, "execution_count", 3, "not stripped"),
+        (4, "metadata", {"collapsed": True}, "not stripped"),
+        (3, "execution_count", None, "not stripped"),
+        (3, "metadata", {}, "not stripped"),
+        (3, "outputs", [], "no output to compare"),
         (2, "metadata", {}, "tagged"),
         (4, "metadata", {"tags": ["parameters"]}, "tagged"),
     ],
@@ -193,10 +181,20 @@ def test_a_broken_source_is_noticed(place, key, value, said):
     assert any(said in problem for problem in problems(broken)), problems(broken)
 
 
+def test_stripping_brings_an_edited_notebook_back():
+    notebook = small_notebook()
+    edited = copy.deepcopy(notebook) | {"metadata": {"kernelspec": {"name": "python3", "path": "here"}, "widgets": {}}}
+    for number, cell in enumerate(edited["cells"], 1):
+        cell["metadata"] |= {"editable": True, "papermill": {"duration": 1.0}}
+        if cell["cell_type"] == "code" and not cell["source"].startswith(CHECKED):
+            cell |= {"execution_count": number, "outputs": [{"output_type": "stream", "name": "stdout", "text": "1\n"}]}
+    assert stripped(edited) == notebook
+
+
 def test_another_kernel_a_long_notebook_and_an_unread_parameter_are_noticed():
     notebook = small_notebook()
-    notebook["metadata"] = {"kernelspec": {"name": "ir"}}
-    assert problems(notebook) == ["the kernel is not python3"]
+    notebook["metadata"]["kernelspec"] = {"name": "ir"}
+    assert problems(notebook) == ["not stripped: run `python tests/strip_notebooks.py`"]
     notebook = small_notebook()
     notebook["cells"][5:5] = [dict(notebook["cells"][4], id=f"g{k}", source="x = 1\n" * 25) for k in range(6)]
     assert any("lines of code" in problem for problem in problems(notebook))
