@@ -118,9 +118,9 @@ def test_an_unchanged_set_is_reused_and_a_changed_file_is_noticed(log, tmp_path)
     said = []
     folder = prepare_frames("set", log, processed=tmp_path / "out", progress=said.append).folder
     made = (folder / "fingerprint.json").stat().st_mtime_ns
-    assert said == ["read: 3 users, 5 items, 12 interactions"]
+    assert said == [f"reading {log}", "read: 3 users, 5 items, 12 interactions", "writing the histories"]
     prepare_frames("set", log, processed=tmp_path / "out", progress=said.append)
-    assert (folder / "fingerprint.json").stat().st_mtime_ns == made and len(said) == 1
+    assert (folder / "fingerprint.json").stat().st_mtime_ns == made and len(said) == 3
     log.write_text(TWELVE + "4\ta\t1\t1\n", encoding="utf-8")
     assert prepare_frames("set", log, processed=tmp_path / "out").histories.num_users == 4
     assert os.listdir(tmp_path / "out") == ["set"]

@@ -14,7 +14,7 @@ CORE_ORDERS = ("together", "users_first", "items_first")
 class FilterSteps:
     """Applies conditions to the table `log` one after the other and keeps `{"step", users, items, interactions}`."""
 
-    def __init__(self, connection, progress: Callable[[str], None] | None = None):
+    def __init__(self, connection, progress: Callable[[str], None] = lambda sentence: None):
         self.connection = connection
         self.counts: list[dict] = []
         self._progress = progress
@@ -32,8 +32,7 @@ class FilterSteps:
         row = self.connection.execute("SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM log").fetchall()[0]
         counts = dict(zip(("users", "items", "interactions"), row, strict=True))
         self.counts.append({"step": step, **counts})
-        if self._progress:
-            self._progress(f"{step}: {row[0]:,} users, {row[1]:,} items, {row[2]:,} interactions")
+        self._progress(f"{step}: {row[0]:,} users, {row[1]:,} items, {row[2]:,} interactions")
         if not counts["interactions"]:
             raise InputError(f"no interaction is left after the step {step!r}: loosen the choices or check the source")
 
@@ -62,18 +61,18 @@ def keep_core(steps: FilterSteps, *, min_user: int, min_item: int, order: str, r
     `order`: `together` counts both before dropping any, `users_first` and `items_first` count the second kind after the
     first was dropped. `repeat` goes on until nothing is lost: the k-core, for which the order does not matter.
     """
-    users = f"u IN (SELECT u FROM log GROUP BY u HAVING count(*) >= {min_user})" if min_user > 1 else None
-    items = f"i IN (SELECT i FROM log GROUP BY i HAVING count(*) >= {min_item})" if min_item > 1 else None
-    conditions = [items, users] if order == "items_first" else [users, items]
-    conditions = [condition for condition in conditions if condition]
-    if order == "together" and conditions:
-        conditions = [" AND ".join(conditions)]
-    minima = ", ".join(f"{kind} >= {k}" for kind, k in (("users", min_user), ("items", min_item)) if k > 1)
-    lost, passes = True, 0
-    while conditions and lost and (repeat or passes == 0):
+    minima = [(column, k) for column, k in (("u", min_user), ("i", min_item)) if k > 1]
+    kept = [f"{column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) >= {k})" for column, k in minima]
+    conditions = {"together": [" AND ".join(kept)], "users_first": kept, "items_first": kept[::-1]}[order]
+    named = ", ".join(f"{'users' if column == 'u' else 'items'} >= {k}" for column, k in minima)
+    passes = 0
+    while minima and (passes == 0 or (repeat and _some_lack(steps.connection, minima))):
         passes += 1
-        name = f"interactions of {minima}" + (f", pass {passes}" if repeat else "")
-        before = steps.counts[-1]["interactions"]
         for condition in conditions:
+            name = f"interactions of {named}" + (f", pass {passes}" if repeat else "")
             steps.keep(name, f"SELECT * FROM log WHERE {condition}")
-        lost = steps.counts[-1]["interactions"] < before
+
+
+def _some_lack(connection, minima: list[tuple[str, int]]) -> bool:
+    lacking = "SELECT 1 FROM log GROUP BY {} HAVING count(*) < {} LIMIT 1"
+    return any(connection.execute(lacking.format(column, k)).fetchall() for column, k in minima)

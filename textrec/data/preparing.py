@@ -166,15 +166,18 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     module, function = recipe.reader.rsplit(".", 1)
     reader = getattr(importlib.import_module(f"textrec.data.sources.{module}"), function)
     where = files.get("interactions", recipe.name)
+    tell = progress or (lambda sentence: None)
+    tell(f"reading {where}")
     with readable(files):
         tables = reader(connection, files, **recipe.options)
         read_interactions(connection, tables, where, choices)
     has_times = complete_times(connection, choices, where, tables.first_line)
-    steps = filtering.FilterSteps(connection, progress)
+    steps = filtering.FilterSteps(connection, tell)
     order = _order(choices, has_times)
     _filter(steps, choices, order, tables)
     with readable(files):
         catalogue = _number(connection, choices, tables)
+    tell("writing the histories")
     arrays = _write_histories(connection, folder, order)
     histories = Histories.load(folder)
     split = splitting.split_histories(
