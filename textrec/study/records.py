@@ -195,6 +195,11 @@ def load_records(scale: str, notebook: str | None = None, variant: str | None = 
     return sorted(records, key=lambda record: (record.label, record.seed))
 
 
+def num_cores() -> int:
+    """Return the cores that this process may use; not every system tells more than how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(device: str) -> dict:
     """Return versions, device and cores of this machine."""
     versions = {"python": platform.python_version()}
@@ -207,7 +212,7 @@ def environment(device: str) -> dict:
         import torch
 
         device = torch.cuda.get_device_name(device)
-    return {"versions": versions, "device": device, "cores": len(os.sched_getaffinity(0))}
+    return {"versions": versions, "device": device, "cores": num_cores()}
 
 
 def protocol(prepared: PreparedSet) -> dict:

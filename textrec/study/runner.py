@@ -33,7 +33,7 @@ from textrec.study.parameters import (
     resolve_parameters,
     variants,
 )
-from textrec.study.records import Record, Run, load_records, write_record
+from textrec.study.records import Record, Run, load_records, num_cores, write_record
 
 REPORT = "11"  # reads the records of all others: it runs last, once, always, and is no measurement itself
 OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)
@@ -202,7 +202,7 @@ def _shared_cores(jobs: int) -> Iterator[None]:
     """Give each of several kernels its share of the cores: two processes with two threads each slow each other down."""
     before = os.environ.get("OMP_NUM_THREADS")
     if jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // jobs))
     try:
         yield
     finally:
