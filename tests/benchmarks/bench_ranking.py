@@ -241,7 +241,7 @@ def race(folder: Path, size: str, threads: int, peers: str | None, names: list[s
 
 
 HEADER = """
-d = {width}; medians of {rounds} interleaved rounds; `times ours` is the median over rounds of a contender's time by ours;
+d = {width}; medians of {rounds} interleaved rounds; `times ours` is the median over rounds of a time by our time;
 memory is the peak above what was resident before the first run (a lower bound for peers, whose allocators keep what the
 choice of a batch size left). `least`: HR, NDCG and MRR at 10, seen items filtered. `same`: at 1, 5, 10, 20, 50 and 100,
 filtered and kept, which is what ours computes (with ties) in both works. ranx only measures given lists: its scores and
