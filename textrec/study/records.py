@@ -49,8 +49,8 @@ def write_text(path: Path, text: str) -> None:
 def require_clean(scale: str, dirty: bool) -> None:
     """Refuse a run whose numbers may be published from code that nobody can look up."""
     if dirty and scale != "smoke":
-        raise InputError(f"scale {scale} runs committed code only, so that its record names it: "
-                         f"commit or revert the changes in {', '.join(SOURCES)}")
+        raise InputError(f"scale {scale} runs committed code only, so that its record can name it: in a git checkout, "
+                         f"commit or revert the changes in {', '.join(SOURCES)}")  # fmt: skip
 
 
 def source_state() -> tuple[str, bool]:

@@ -127,7 +127,7 @@ def _execute(notebook: Path, values: dict[str, object], folder: Path) -> tuple[s
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own sockets at every start
         )  # fmt: skip
     except PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}" if error.ename != "InputError" else error.evalue
+        reason = " ".join(f"{error.ename}: {error.evalue}".removeprefix("InputError: ").split())[:500]
         status = "out_of_memory" if OUT_OF_MEMORY.search(reason) else "failed"
     except DeadKernelError:
         status, reason = "failed", "the kernel died without a message, mostly because the system ran out of memory"
