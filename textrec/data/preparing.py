@@ -292,17 +292,14 @@ def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
 
 def _write_tables(connection, folder: Path) -> dict[str, str]:
     """Write `users.parquet` and `catalogue.parquet`; return the sha256 of external ids and of the texts."""
-    for query, name in (
-        ("SELECT user FROM kept_users ORDER BY textrec_number", "users"),
-        ("SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number", "catalogue"),
-    ):
+    users = "SELECT user FROM kept_users ORDER BY textrec_number"
+    catalogue = "SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number"
+    for query, name in ((users, "users"), (catalogue, "catalogue")):
         connection.execute(f"COPY ({query}) TO {literal(folder / f'{name}.parquet')} (FORMAT parquet)")
     return {
-        "user_ids": _digest(connection, "SELECT user FROM kept_users ORDER BY textrec_number"),
+        "user_ids": _digest(connection, users),
         "item_ids": _digest(connection, "SELECT item FROM kept_items ORDER BY textrec_number"),
-        "catalogue_text": _digest(
-            connection, "SELECT CAST(to_json(catalogue) AS VARCHAR) FROM catalogue ORDER BY textrec_number"
-        ),
+        "catalogue_text": _digest(connection, f"SELECT CAST(to_json(texts) AS VARCHAR) FROM ({catalogue}) AS texts"),
     }
 
 

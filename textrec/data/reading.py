@@ -1,5 +1,7 @@
 """The first table: a source's rows typed and checked, with integers in place of external ids."""
 
+import gzip
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,19 +84,22 @@ def complete_times(connection, choices: Choices, where, first_line: int) -> bool
 
 @contextmanager
 def readable(files: Mapping[str, Path]) -> Iterator[None]:
-    """Turn DuckDB's complaint about a file into one sentence that names the file."""
+    """Turn a complaint about a file, DuckDB's or Python's, into one sentence that names the file."""
     import duckdb
 
+    everything = ", ".join(map(str, files.values()))
     try:
         yield
+    except (EOFError, UnicodeDecodeError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{everything} cannot be read: {error}") from error
     except (duckdb.IOException, duckdb.InvalidInputException, duckdb.BinderException) as error:
         message = str(error)
         if isinstance(error, duckdb.BinderException) and "Referenced column" not in message:
             raise
         if "No space left" in message:
             raise
-        named = [str(path) for path in files.values() if path.name in message] or list(map(str, files.values()))
-        raise InputError(f"{', '.join(named)} cannot be read: {_reason(message)}") from error
+        named = ", ".join(str(path) for path in files.values() if path.name in message) or everything
+        raise InputError(f"{named} cannot be read: {_reason(message)}") from error
 
 
 def _reason(message: str) -> str:

@@ -157,6 +157,23 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         amazon.read(connection, {"interactions": reviews, "items": write(tmp_path / "e.json.gz", [{"title": "x"}])})
 
 
+@pytest.mark.parametrize("kept", [12, 60, -30])
+def test_a_truncated_file_is_named(tmp_path, kept):
+    data = write(tmp_path / "r.json.gz", REVIEWS_2018 * 300).read_bytes()
+    (tmp_path / "r.json.gz").write_bytes(data[:kept])
+    with pytest.raises(InputError, match="r.json.gz cannot be read: "):
+        made(tmp_path, tmp_path / "r.json.gz")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    lines = [json.dumps(record, ensure_ascii=False) for record in [*REVIEWS_2018, {**REVIEWS_2018[0], "asin": "é"}]]
+    for order in (1, -1):
+        (tmp_path / "r.json").write_text("\n".join(lines[::order]), encoding="latin-1")
+        with pytest.raises(InputError, match="r.json cannot be read: "):
+            made(tmp_path, tmp_path / "r.json")
+
+
 def test_a_time_that_is_none_is_named_with_its_line(tmp_path):
     reviews = write(tmp_path / "r.json.gz", [*REVIEWS_2018, {**REVIEWS_2018[0], "unixReviewTime": "soon"}])
     with pytest.raises(InputError, match=r"r.json.gz, line 4: the time is 'soon'"):
