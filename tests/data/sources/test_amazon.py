@@ -56,9 +56,9 @@ def write(path, records, as_text=json.dumps):
     return path
 
 
-def made(tmp_path, reviews, items=None, reader="amazon.read", options=None, **choices):
+def made(tmp_path, reviews, items=None, **choices):
     files = {"interactions": reviews} | ({"items": items} if items else {})
-    recipe = SetRecipe(name="set", reader=reader, options=options or {})
+    recipe = SetRecipe(name="set", reader="amazon.read")
     return prepare_recipe("set", recipe, files, Choices(**choices), tmp_path / "out")
 
 
@@ -121,24 +121,6 @@ def test_2023_milliseconds_order_and_seconds_are_stored(tmp_path):
         "f",
         "",
     ]
-
-
-@pytest.mark.parametrize(
-    ("text", "columns"),
-    [
-        ("A,B1,5.0,1400000000\nA,B2,4.0,1300000000\n", ["user", "item", "rating", "time"]),
-        ("B1,A,5.0,1400000000\nB2,A,4.0,1300000000\n", ["item", "user", "rating", "time"]),
-        (
-            "user_id,parent_asin,rating,timestamp\nA,B1,5.0,1400000000000\nA,B2,4.0,1300000000123\n",
-            ["user", "item", "rating", "time"],
-        ),
-    ],
-)
-def test_ratings_only(tmp_path, text, columns):
-    (tmp_path / "ratings.csv").write_text(text, encoding="utf-8")
-    prepared = made(tmp_path, tmp_path / "ratings.csv", reader="amazon.read_ratings", options={"columns": columns})
-    assert prepared.users.tolist() == ["A"] and prepared.catalogue["item"].tolist() == ["B1", "B2"]
-    assert prepared.histories.times_E.tolist() == [1300000000, 1400000000]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

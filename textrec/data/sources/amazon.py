@@ -1,4 +1,4 @@
-"""Amazon reviews and metadata of 2014, 2018 and 2023 (McAuley lab) as published: JSON lines, and ratings-only CSV."""
+"""Amazon reviews and metadata of 2014, 2018 and 2023 as the McAuley lab publishes them: a record a line."""
 
 import ast
 import json
@@ -39,22 +39,6 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
     query = f'SELECT "{user}" AS user, "{item}" AS item, {seconds} AS time, "{rating}" AS rating FROM {relation}'
     items = _item_query(connection, files["items"]) if "items" in files else None
     return Tables(interactions=query, items=items)
-
-
-def read_ratings(connection, files: Mapping[str, Path], columns: list[str]) -> Tables:
-    """Read a ratings-only CSV whose `columns` are user, item, rating, time in the edition's order.
-
-    2014: user, item, rating, time. 2018: item, user, rating, time. 2023 as 2014, with a header and milliseconds.
-    """
-    path = files["interactions"]
-    with open_text(path) as file:
-        header = file.readline().startswith("user_id,")
-    types = ", ".join(f"'{name}': 'VARCHAR'" for name in columns)
-    relation = f"read_csv({literal(path)}, delim=',', header={header}, auto_detect=false, columns={{{types}}})"
-    time = _seconds("time") if header else "time"
-    items = _item_query(connection, files["items"]) if "items" in files else None
-    query = f"SELECT user, item, {time} AS time, rating FROM {relation}"
-    return Tables(interactions=query, items=items, first_line=2 if header else 1)
 
 
 def first_record(path: Path) -> dict:
