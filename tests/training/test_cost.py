@@ -1,0 +1,12 @@
+"""What a run cost."""
+
+from textrec.training.cost import CPU_WATTS, Meter
+
+
+def test_the_meter_counts_work_and_tokens():
+    meter = Meter()
+    sum(range(2_000_000))
+    cost = meter.read(tokens=7)
+    assert cost["tokens"] == 7
+    assert 0 < cost["cpu_s"] and 0 < cost["wall_s"] and 0.01 < cost["peak_rss_gib"] < 100
+    assert abs(cost["energy_wh"] - cost["cpu_s"] * CPU_WATTS / 3600) < 1e-3
