@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -174,3 +175,11 @@ def test_the_records_of_a_variant_come_in_the_order_of_their_seeds(tmp_path, mon
     assert [record.seed for record in load_records("smoke", "01", "toy")] == [2, 10]
     assert [record.label for record in load_records("smoke", "01")] == ["01", "01-other", "01-toy", "01-toy"]
     assert len(load_records("smoke")) == 5 and load_records("laptop") == []
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_the_records_of_this_project_are_complete_and_from_committed_code(scale):
+    for record in load_records(scale):
+        assert record.scale == scale and record.status in records.STATUSES and not record.dirty
+        assert re.fullmatch(r"[0-9a-f]{40}", record.commit), record.label
+        assert record.folder.parent.name == record.label
