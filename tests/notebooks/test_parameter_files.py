@@ -1,6 +1,7 @@
 """Every parameter file is loaded against the notebook that it claims to configure."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from textrec.study.parameters import (
     resolve_parameters,
     variants,
 )
+from textrec.training import rows
 from textrec.training.presets import PRESETS
 
 NUMBERS = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
@@ -37,6 +39,10 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
         assert name in known_sets(), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
         assert row in PRESETS or row == "all", f"{row} is no row"
+    if number == "01":  # every setting has a name that its row knows and a value that its configuration accepts
+        assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
+        for row in (values["reference"], *values["rows"]):
+            rows._plan(row, SimpleNamespace(num_items=100), values["overrides"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
