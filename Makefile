@@ -26,7 +26,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
 	touch $@
 
+# two processes with two threads each slow each other down tenfold, and smoke models are too small for a second thread
 test: export OMP_NUM_THREADS := 1
+ifeq ($(SCALE),smoke)
+study: export OMP_NUM_THREADS := 1
+endif
+
 test: export HF_HUB_OFFLINE := 1
 test: $(READY)  ## lint, import contract, unit and parity tests, every notebook; ARGS are passed to pytest
 	$(BIN)/ruff check
