@@ -108,6 +108,7 @@ def test_every_target_is_known_to_make(command):
 
 
 def test_data_given_to_make_reaches_the_run_as_an_absolute_path(tmp_path):
-    command = ["make", "-f", ROOT / "Makefile", "--eval", "show: ; @echo $$TEXTREC_DATA", "show", "DATA=sets"]
+    show = ["--eval", "show: ; @echo $$TEXTREC_DATA", "show", "DATA=sets"]
+    command = ["make", "--no-print-directory", "-f", ROOT / "Makefile", *show]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == str(tmp_path / "sets")
