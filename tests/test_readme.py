@@ -9,7 +9,7 @@ import pytest
 import yaml
 from commands import parse
 
-from textrec.paths import NOTEBOOKS, ROOT
+from textrec.paths import NOTEBOOKS, PARAMETERS, ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -57,6 +57,14 @@ def test_sets_named_in_commands_are_known():
     named = [parse(line.removeprefix(".venv/bin/")) for line in command_lines() if " data " in line and "<" not in line]
     names = {values["name"] for values in named if "name" in values and not values.get("interactions")}
     assert names and names <= set(known)
+
+
+def test_variants_named_in_commands_have_their_parameters():
+    runs = [parse(line.removeprefix(".venv/bin/")) for line in command_lines() if "textrec run " in line]
+    named = [(values["scale"].value, values["number"], values["variant"]) for values in runs if values["variant"]]
+    assert named
+    for scale, number, variant in named:
+        assert (PARAMETERS / scale / f"{number}-{variant}.yaml").is_file()
 
 
 def test_notebooks_are_marked_here_or_planned_as_they_are():

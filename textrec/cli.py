@@ -257,7 +257,7 @@ def run(
     \b
     Examples:
       textrec run 00
-      textrec run 01 --scale laptop --variant beauty --seeds 0 1 2
+      textrec run 01 --scale laptop --variant amazon-2018-scientific --seeds 0 1 2
       textrec run 01 --set max_epochs=2
     """
     from textrec.study.runner import run_notebook
