@@ -67,3 +67,19 @@ def test_tables_larger_than_the_memory_limit_spill_and_the_spill_is_gone(tmp_pat
 def test_sha256_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_database_opens_in_a_notebook(tmp_path):
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    code = f"""
+from pathlib import Path
+from textrec.data.storage import database
+with database(Path({str(tmp_path / "spill")!r})) as connection:
+    assert connection.execute("SELECT 1").fetchall() == [(1,)]
+"""
+    reply = client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    assert reply["status"] == "ok", reply

@@ -110,6 +110,9 @@ def test_a_row_that_failed_gives_the_record_its_status_and_reason(tmp_path):
     assert record.status == "out_of_memory" and record.reason == "a: needs a GPU; b: 2 GiB wanted"
     stored = Record.read(run.folder / "record.json").row("b")
     assert (stored["status"], stored["metrics"]) == ("out_of_memory", {})
+    record = write_record(run, prepared, [good, late])
+    assert (record.status, record.reason) == ("ok", None), "a row left out on purpose does not fail the run"
+    assert record.deviations == ["a was not attempted: needs a GPU"]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_row_that_breaks_is_a_row_and_is_tried_again(ring, tmp_path, monkeypat
     [
         (["sasrec_cee"], {}, "row 'sasrec_cee' is unknown .did you mean 'sasrec_ce'"),
         (["sasrec_ce"], {"all": {"droput": 0.1}}, "sets 'droput', which row 'sasrec_ce' does not have"),
-        (["sasrec_ce"], {"gru4rec": {"dropout": 0.1}}, "overrides name the row 'gru4rec', which is not among the rows"),
+        (["sasrec_ce"], {"gru4rec": {"dropout": 0.1}}, "overrides names the row 'gru4rec', which is not among"),
         (["sasrec_ce"], {"all": {"loss": "hinge"}}, "row 'sasrec_ce': loss='hinge': expected one of"),
         (["sasrec_ce"], {"all": {"num_heads": 7}}, "'sasrec_ce': embedding_dim=64 is not a multiple of num_heads=7"),
     ],
@@ -68,6 +68,15 @@ def test_a_row_that_breaks_is_a_row_and_is_tried_again(ring, tmp_path, monkeypat
 def test_mistakes_are_one_sentence(ring, tmp_path, names, overrides, sentence):
     with pytest.raises(InputError, match=sentence):
         run_rows(names, ring, seed=0, run_dir=tmp_path, overrides=overrides)
+
+
+def test_a_skipped_row_says_why_and_is_not_run(ring, tmp_path):
+    skipped = {"bert4rec": "three hours on two cores"}
+    results = run_rows(["markov", "bert4rec"], ring, seed=0, run_dir=tmp_path, skipped=skipped)
+    assert [(r.status, r.reason) for r in results] == [("ok", None), ("not_attempted", "three hours on two cores")]
+    assert results[1].ranks is None and results[1].parameters["num_items"] == 30
+    with pytest.raises(InputError, match="skipped names the row 'gru4rec'"):
+        run_rows(["markov"], ring, seed=0, run_dir=tmp_path, skipped={"gru4rec": "too dear"})
 
 
 def test_what_is_stored_is_json_a_stranger_can_read(ring, tmp_path):

@@ -100,7 +100,6 @@ def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator:
     folder.mkdir()
     config = {"memory_limit": memory_limit, "temp_directory": str(folder)}
     connection = duckdb.connect(":memory:", config=config)
-    connection.execute("SET enable_progress_bar = false")
     try:
         yield connection
     finally:

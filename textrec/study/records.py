@@ -231,16 +231,21 @@ def protocol(prepared: PreparedSet) -> dict:
 def write_record(
     run: Run, prepared: PreparedSet, rows: list[dict], claims: Iterable[dict] = (), deviations: Iterable[str] = ()
 ) -> Record:
-    """Write `record.json` into the run folder and return it; the worst row gives the status."""
-    failed = [row for row in rows if row.get("status", "ok") != "ok"]
-    worst = max((row["status"] for row in failed), key=("not_attempted", "out_of_memory", "failed").index, default="ok")
+    """Write `record.json` into the run folder and return it.
+
+    The worst row that was tried gives the status; rows that were not are named among the deviations.
+    """
+    missing = [row for row in rows if row.get("status", "ok") != "ok"]
+    skipped = [row for row in missing if row["status"] == "not_attempted"]
+    tried = [row["status"] for row in missing if row not in skipped]
+    worst = max(tried, key=("out_of_memory", "failed").index, default="ok")
     record = Record(
         notebook=run.notebook,
         variant=run.variant,
         scale=run.scale,
         seed=run.seed,
         status=worst,
-        reason="; ".join(f"{row['row']}: {row['reason']}" for row in failed) or None,
+        reason="; ".join(f"{row['row']}: {row['reason']}" for row in missing) if tried else None,
         dataset={"name": prepared.name, "fingerprint": prepared.fingerprint},
         protocol=protocol(prepared),
         rows=rows,
@@ -248,7 +253,7 @@ def write_record(
         environment=environment(run.device),
         commit=run.state[0],
         dirty=run.state[1],
-        deviations=list(deviations),
+        deviations=[*deviations, *(f"{row['row']} was not attempted: {row['reason']}" for row in skipped)],
     )
     record.write(run.folder / "record.json")
     return record

@@ -48,18 +48,24 @@ class RowResult:
 
 def run_rows(
     rows: Sequence[str], prepared: PreparedSet, *, seed: int, run_dir: Path, device: str = "cpu", devices: int = 1,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None, progress: bool = False,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None, skipped: Mapping[str, str] | None = None,
+    progress: bool = False,
 ) -> list[RowResult]:  # fmt: skip
     """Run the named rows on one data set and seed; finished ones are read back, interrupted ones resume.
 
-    `overrides` maps a row, or "all", to settings of its model or training configuration. A row that breaks becomes a
-    result with its reason and is tried again next time. Raises `InputError` for an unknown row or setting.
+    `overrides` maps a row, or "all", to settings of its model or training configuration; `skipped` maps a row that is
+    not to be run to the reason, which becomes its result. A row that breaks becomes a result with its reason, too, and
+    is tried again next time. Raises `InputError` for an unknown row or setting.
     """
-    plans = [_plan(row, prepared, overrides or {}) for row in rows]
-    for row in overrides or {}:
-        if row != "all" and row not in rows:
-            raise InputError(f"overrides name the row {row!r}, which is not among the rows {list(rows)}")
-    return [_run_row(*plan, prepared, seed, Path(run_dir) / "rows", device, devices, progress) for plan in plans]
+    overrides, skipped = overrides or {}, skipped or {}
+    for name, given in (("overrides", overrides), ("skipped", skipped)):
+        for row in set(given) - {*rows, "all"}:
+            raise InputError(f"{name} names the row {row!r}, which is not among the rows {list(rows)}")
+    plans = [_plan(row, prepared, overrides) for row in rows]
+    place = prepared, seed, Path(run_dir) / "rows", device, devices, progress
+    return [
+        _not_attempted(*plan, skipped[plan[0]]) if plan[0] in skipped else _run_row(*plan, *place) for plan in plans
+    ]
 
 
 def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any, TrainingConfig | None]:
@@ -86,10 +92,20 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
         raise InputError(f"row {row!r}: {error}") from error
 
 
+def _not_attempted(row, config, training, reason: str) -> RowResult:
+    parameters = _parameters(PRESETS[row].model, config, training)
+    return RowResult(row, PRESETS[row].changed, parameters, "not_attempted", reason, None, [], {}, "")
+
+
+def _parameters(model: str, config, training) -> dict[str, Any]:
+    """Return every setting, defaults included, as a record holds it."""
+    settings = asdict(config) | asdict(training) if config else {}
+    return json.loads(json.dumps({"model": model} | settings))
+
+
 def _run_row(row, config, training, prepared, seed, folder, device, devices, progress) -> RowResult:
     preset, folder = PRESETS[row], folder / row
-    parameters = {"model": preset.model} | (asdict(config) | asdict(training) if config else {})
-    parameters = json.loads(json.dumps(parameters))  # as a record will hold them
+    parameters = _parameters(preset.model, config, training)
     key = {"row": row, "parameters": parameters, "fingerprint": prepared.fingerprint, "seed": seed,
            "code": _row_code(preset.model)}  # fmt: skip
     finished = folder / "row.json"
