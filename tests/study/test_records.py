@@ -64,6 +64,17 @@ def test_the_file_has_the_agreed_keys_in_order_and_reads_back_equal(tmp_path):
     assert [entry.name for entry in run.folder.iterdir()] == ["record.json"]
 
 
+def test_a_hundred_sampled_candidates_flatter_and_chance_stays_chance():
+    prepared = dataclasses.replace(make_prepared(), num_items=1001)
+    users = np.zeros(40, np.int64)
+    tenth = measured_row(make_result(prepared, higher_U=users + 99), prepared)  # rank 100 of 1,001: one in ten above
+    sampled = tenth["slices"]["sampled_uniform_100"]
+    assert tenth["metrics"]["recall@10"]["value"] == 0.0 < 0.4 < sampled["recall@10"]["value"] < 0.6
+    constant = measured_row(make_result(prepared, ties_U=users + 1000), prepared)
+    assert constant["slices"]["sampled_uniform_100"]["recall@10"]["value"] == pytest.approx(10 / 101)
+    assert "sampled_uniform_100" not in measured_row(make_result(make_prepared()), make_prepared())["slices"]
+
+
 def test_a_perfect_and_a_constant_model_are_what_they_are(tmp_path):
     prepared = make_prepared()
     perfect = measured_row(make_result(prepared), prepared)

@@ -33,6 +33,7 @@ SOURCES = ("textrec", "notebooks", "papermill_runs/parameters", "pyproject.toml"
 PACKAGES = ("numpy", "torch", "lightning", "transformers", "pandas", "duckdb", "pyarrow", "papermill")
 RARE, POPULAR = 5, 50  # training occurrences: a rare item has at most 5, a popular one more than 50
 MAIN_KS, SLICE_KS = (1, 5, 10, 20, 50, 100), (10,)
+SAMPLED = 100  # uniform negatives of the sampled ranking that older papers report
 
 
 def write_text(path: Path, text: str) -> None:
@@ -260,7 +261,12 @@ def write_record(
 
 
 def measured_row(result, prepared: PreparedSet) -> dict:
-    """Return the record's row of a `RowResult`: metrics with 95 % intervals over users, overall and by slice."""
+    """Return the record's row of a `RowResult`: metrics with 95 % intervals over users, overall and by slice.
+
+    The slice `sampled_uniform_100` is what ranking against 100 sampled items is expected to give, from the full ranks.
+    """
+    from textrec.evaluation.conventions import expected_sampled_metrics
+
     row = {"row": result.row, "changed": result.changed, "parameters": result.parameters, "metrics": {}, "slices": {},
            "cost": result.cost}
     if result.status != "ok":
@@ -268,6 +274,9 @@ def measured_row(result, prepared: PreparedSet) -> dict:
     masks = slices(result.ranks, prepared)
     row["metrics"] = intervals(result.ranks.filtered, MAIN_KS)
     row["slices"] = {"seen_kept": intervals(result.ranks.kept, MAIN_KS)}
+    if result.ranks.filtered.candidates_U.min() > SAMPLED:
+        sampled = expected_sampled_metrics(result.ranks.filtered, SAMPLED)
+        row["slices"][f"sampled_uniform_{SAMPLED}"] = _with_intervals(sampled)
     for name, mask_U in masks.items():
         counts = result.ranks.filtered.subset(mask_U)
         row["slices"][name] = exact(users=len(counts.higher_U)) | intervals(counts, SLICE_KS)
@@ -299,10 +308,15 @@ def exact(**numbers: float) -> dict:
 def intervals(counts, ks: tuple[int, ...]) -> dict:
     """Return `{metric: {value, low, high}}` of a `Counts`: expected ties, 95 % bootstrap interval over users."""
     from textrec.evaluation.metrics import per_user_metrics
+
+    return _with_intervals(per_user_metrics(counts, ks=ks))
+
+
+def _with_intervals(per_user: dict[str, np.ndarray]) -> dict:
     from textrec.evaluation.significance import bootstrap_interval
 
     measured = {}
-    for name, values_U in per_user_metrics(counts, ks=ks).items():
+    for name, values_U in per_user.items():
         low, high = bootstrap_interval(values_U[None, :])
         measured[name] = {"value": float(np.mean(values_U)), "low": float(low), "high": float(high)}
     return measured
