@@ -40,6 +40,7 @@ class SASRecConfig:
     mask_padding_keys: bool = False  # with attend_padding: padded rows are kept but not attended (gSASRec)
     temperature: float | None = None  # None: inner product; else cosine / temperature
     initial_std: float | None = None  # None: Xavier normal; else N(0, std)
+    initial_table_std: float | None = None  # of item and position tables; None: as the other matrices
 
     def __post_init__(self):
         for name, allowed in (("norm", ("original", "pre", "post")), ("block", ("sasrec", "ligr"))):
@@ -171,6 +172,8 @@ class SASRec(SequenceModel):
         with torch.no_grad():
             for table in (self.item_table, self.position_table, self.output_table):
                 if table is not None:
+                    if self.config.initial_table_std is not None:
+                        table.weight.normal_(std=self.config.initial_table_std)
                     table.weight[0].zero_()
 
     def item_vectors(self) -> Tensor:

@@ -33,6 +33,7 @@ _PMIXER = {
 _GSASREC = {
     "embedding_dim": 128, "num_blocks": 2, "num_heads": 1, "dropout": 0.5, "attention_dropout": 0.5, "norm": "original",
     "tie_item_table": False, "scale_item_table": False, "output_projection": False, "norm_eps": 1e-5,
+    "initial_table_std": 1.0, "initial_std": 0.051,  # torch's defaults: N(0, 1) tables, U(-1/sqrt(d), 1/sqrt(d)) layers
 }  # fmt: skip
 _ESASREC = {
     "embedding_dim": 64, "num_blocks": 2, "num_heads": 1, "dropout": 0.1, "attention_dropout": 0.1, "block": "ligr",
