@@ -42,7 +42,7 @@ def test_tables_may_be_drawn_on_another_scale_than_layers():
     settings = {"num_items": 500, "max_sequence_length": 20, "tie_item_table": False}
     wide, usual = (SASRec(SASRecConfig(**settings, initial_table_std=std)) for std in (1.0, None))
     for table in ("item_table", "output_table", "position_table"):
-        assert getattr(wide, table).weight[1:].std() == pytest.approx(1.0, rel=0.05)
+        assert getattr(wide, table).weight[1:].std().item() == pytest.approx(1.0, rel=0.05)
         assert getattr(usual, table).weight[1:].std() < 0.2
         assert not getattr(wide, table).weight[0].any()
     assert wide.blocks[0].attention.query.weight.std() < 0.2
