@@ -69,10 +69,6 @@ BROKEN = {
     ),
     "empty file": (lambda folder: write(folder / "log.tsv", ""), "log.tsv, line 1: expected a header"),
     "header only": (lambda folder: write(folder / "log.tsv", HEADER), "no interaction is left after the step 'read'"),
-    "rating in words": (
-        lambda folder: write(folder / "log.tsv", "user\titem\trating\nu\ti\tgood\n"),
-        "log.tsv, line 2: the rating is 'good'; expected a number or a blank",
-    ),
     "broken JSON": (
         lambda folder: write(folder / "log.jsonl", '{"user": 1, "item": 2}\n{"user": 1, "it'),
         "log.jsonl cannot be read: Malformed JSON",
@@ -91,6 +87,21 @@ def test_a_broken_file_is_one_sentence_and_the_old_set_stays(tmp_path, case):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert os.listdir(processed) == ["shop"]
     assert type(kept).load(kept.folder).fingerprint == kept.fingerprint
+
+
+def test_a_wrong_rating_is_named_where_ratings_decide(tmp_path):
+    log = write(tmp_path / "log.tsv", "user\titem\trating\nu\ti\t4\nu\tj\tgood\n")
+    with pytest.raises(InputError, match="log.tsv, line 3: the rating is 'good'; expected a number or a blank"):
+        prepare_frames("set", log, processed=tmp_path, min_rating=2)
+    assert prepare_frames("set", log, processed=tmp_path).details["counts"]["interactions"] == 2
+
+
+def test_rows_keep_the_order_of_the_file_however_many_cores_read_them(tmp_path):
+    items = [(k * 7919) % 300_007 for k in range(300_000)]
+    log = write(tmp_path / "log.tsv", "user\titem\n" + "".join(f"u\t{item}\n" for item in items))
+    prepared = prepare_frames("set", log, processed=tmp_path)
+    found = prepared.catalogue["item"].to_numpy()[prepared.histories.items_E - 1]
+    assert found.astype(int).tolist() == items
 
 
 def test_blank_times_take_the_time_of_the_row_before_or_go(tmp_path):

@@ -1,13 +1,11 @@
 """A folder appears whole or not at all."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from textrec.data.storage import array_file, database, remove_abandoned, sha256_of, staged_folder
+from textrec.data.storage import array_file, database, sha256_of, staged_folder
 
 
 def test_an_appended_array_is_the_saved_one(tmp_path):
@@ -34,17 +32,6 @@ def test_a_finished_block_replaces_the_folder(tmp_path):
         with staged_folder(tmp_path / "set") as partial:
             (partial / text).write_text(text)
     assert os.listdir(tmp_path / "set") == ["new"] and os.listdir(tmp_path) == ["set"]
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f"set.partial-{dead.pid}").mkdir()
-    (tmp_path / f"set.partial-{os.getppid()}").mkdir()
-    remove_abandoned(tmp_path / "set")
-    with staged_folder(tmp_path / "set"):
-        pass
-    assert sorted(os.listdir(tmp_path)) == ["set", f"set.partial-{os.getppid()}"]
 
 
 def test_two_writers_of_one_folder_both_end_well(tmp_path):

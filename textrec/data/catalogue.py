@@ -14,15 +14,15 @@ TAG = re.compile(
     re.DOTALL,
 )
 SPACE = re.compile(r"\s+")
+NOT_CLEAN = "[^ -%''-;=-~]|/>|  |^ | $"  # in SQL, what sends a text to `clean_text`: few texts carry any of it
 
 
-def clean_text(text: str | None) -> str:
+def clean_text(text: str) -> str:
     """Return `text` without tags, with entities resolved and white space collapsed.
 
     Entities are resolved twice because publishers escape already escaped text (`&amp;quot;`); tags go before and
     after, as `&lt;br&gt;` is a tag, too. The halves of tags that the publisher's crawler cut off go as well.
     """
-    text = text or ""
     if "<" in text or "&" in text or "/>" in text:
         text = html.unescape(html.unescape(_without_tags(text)))
         text = _without_tags(text)
@@ -33,20 +33,35 @@ def _without_tags(text: str) -> str:
     return TAG.sub(" ", DROPPED_BLOCK.sub(" ", text))
 
 
-def build_catalogue(connection, items_query: str | None, *, duplicate_items: str, unknown_items: str) -> dict[str, int]:
+def list_items(connection, items_query: str, *, all_items: bool) -> list[str]:
+    """Create the table `listed` of all rows of an item table, read once; return its text columns.
+
+    Lists become one text joined by ", ". Items outside `source_items` get no texts unless `all_items`.
+    """
+    columns = connection.execute(f"DESCRIBE {items_query}").fetchall()
+    texts = {quoted(name): kind for name, kind, *_ in columns if name != "item"}
+    wanted = "true" if all_items else "i IS NOT NULL"
+    values = ", ".join(f"CASE WHEN {wanted} THEN {text_of(name, kind)} END AS {name}" for name, kind in texts.items())
+    connection.execute(f"""CREATE TABLE listed AS SELECT item, {values}
+        FROM (SELECT * REPLACE (trim(CAST(item AS VARCHAR)) AS item) FROM ({items_query}))
+        LEFT JOIN source_items USING (item)""")
+    return list(texts)
+
+
+def build_catalogue(connection, names: list[str] | None, *, duplicate_items: str, unknown_items: str) -> dict[str, int]:
     """Create the table `catalogue` (item, title, text columns) in the order of the table `kept_items`; return counts.
 
-    `kept_items` has the columns `item` (external id) and `textrec_number` (internal id from 1). Lists become one text
-    joined by ", ". Of several rows of one item each column takes the first that is not empty after cleaning.
+    `kept_items` has the columns `item` (external id) and `textrec_number` (internal id from 1); `names` are the text
+    columns of `listed`, None where there is no item table. Of several rows of one item each column takes the first that
+    is not empty after cleaning.
     """
-    if items_query is None:
+    if names is None:
         connection.execute("CREATE TABLE catalogue AS SELECT textrec_number, item, '' AS title FROM kept_items")
         kept = _count(connection, "kept_items")
         return {"listed": 0, "duplicate_rows": 0, "without_row": kept, "without_title": kept}
-    names = _list_rows(connection, items_query)
     listed, distinct = connection.execute("SELECT count(item), count(DISTINCT item) FROM listed").fetchall()[0]
     if duplicate_items == "refuse" and listed > distinct:
-        query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(textrec_row) LIMIT 1"
+        query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(rowid) LIMIT 1"
         repeated = connection.execute(query).fetchall()[0][0]
         raise InputError(
             f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge rows"
@@ -68,26 +83,15 @@ def build_catalogue(connection, items_query: str | None, *, duplicate_items: str
     }
 
 
-def _list_rows(connection, items_query: str) -> list[str]:
-    """Create the table `listed` of all rows, with clean texts for the kept items only; return the text columns."""
-    columns = connection.execute(f"DESCRIBE {items_query}").fetchall()
-    texts = {quoted(name): kind for name, kind, *_ in columns if name != "item"}
-    connection.create_function("clean_text", clean_text, ["VARCHAR"], "VARCHAR", null_handling="special")
-    cleaned = ", ".join(
-        f"CASE WHEN textrec_number IS NOT NULL THEN clean_text({text_of(name, kind)}) END AS {name}"
-        for name, kind in texts.items()
-    )
-    connection.execute(f"""CREATE TABLE listed AS SELECT textrec_row, item, {cleaned} FROM (
-        SELECT row_number() OVER () AS textrec_row, * REPLACE (trim(CAST(item AS VARCHAR)) AS item) FROM ({items_query})
-        ) LEFT JOIN kept_items USING (item)""")
-    return list(texts)
-
-
 def _merge_rows(connection, names: list[str]) -> None:
+    connection.create_function("clean_text", clean_text, ["VARCHAR"], "VARCHAR")
+    clean = "CASE WHEN regexp_matches({0}, '{1}') THEN clean_text({0}) ELSE {0} END AS {0}"
+    cleaned = ", ".join(clean.format(name, NOT_CLEAN) for name in names)
     merged = ", ".join(f"arg_min({name}, textrec_row) FILTER (WHERE {name} <> '') AS {name}" for name in names)
     filled = ", ".join(f"coalesce({name}, '') AS {name}" for name in names)
+    kept = f"SELECT item, listed.rowid AS textrec_row, {cleaned} FROM listed SEMI JOIN kept_items USING (item)"
     connection.execute(f"""CREATE TABLE catalogue AS SELECT textrec_number, item, {filled} FROM kept_items
-        LEFT JOIN (SELECT item, {merged} FROM listed SEMI JOIN kept_items USING (item) GROUP BY item) USING (item)""")
+        LEFT JOIN (SELECT item, {merged} FROM ({kept}) GROUP BY item) USING (item)""")
 
 
 def text_of(column: str, kind: str) -> str:

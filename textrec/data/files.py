@@ -1,9 +1,16 @@
-"""Writing files so that nothing half-written looks finished."""
+"""Writing files so that nothing half-written looks finished, and the full disk that comes in between."""
 
+import errno
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from textrec.schema import InputError
+
+NO_SPACE = re.compile("No space left on device|Disk quota exceeded")
 
 
 @contextmanager
@@ -18,3 +25,35 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path, name: str = "**/*") -> None:
+    """Remove what killed processes left in `folder` of partial files and folders called `name` (a pattern).
+
+    A partial of this process's own number is of an earlier process: nothing may be half-written at the time.
+    """
+    for path in sorted(folder.glob(f"{name}.partial-*")):
+        pid = int(re.search(r"\.partial-(\d+)", path.name)[1])
+        if pid == os.getpid() or not _alive(pid):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def naming_full_disk(folder: Path, then: str) -> Iterator[None]:
+    """Turn the error of a full disk, Python's or a library's, into one sentence that ends with what to do `then`."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not NO_SPACE.search(str(error)):
+            raise
+        raise InputError(f"the disk of {folder} is full: free some space and {then}") from error

@@ -4,7 +4,6 @@
 written under a partial name, synced and renamed, so that a kill leaves the old set or none.
 """
 
-import errno
 import hashlib
 import importlib
 import json
@@ -16,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from textrec.data import filtering, splitting
-from textrec.data.catalogue import build_catalogue
+from textrec.data.catalogue import build_catalogue, list_items
 from textrec.data.choices import Choices, closest
+from textrec.data.files import naming_full_disk, remove_partials
 from textrec.data.histories import Histories
 from textrec.data.prepared import PreparedSet
 from textrec.data.reading import complete_times, natural, read_interactions, readable
-from textrec.data.sources import Tables
 from textrec.data.sources.frames import literal
-from textrec.data.storage import array_file, database, remove_abandoned, sha256_of, staged_folder
+from textrec.data.storage import array_file, database, sha256_of, staged_folder
 from textrec.paths import PROCESSED, raw_data
 from textrec.schema import InputError
 from textrec.seeding import generator
@@ -80,7 +79,7 @@ def prepare(
     """
     recipe, folder = find_recipe(name), Path(processed or PROCESSED) / name
     if recipe is None and (folder / "fingerprint.json").is_file() and not choices:
-        return PreparedSet.load(folder)  # made by `prepare_frames`
+        return PreparedSet.load(folder)  # made from files or a folder of the user's own
     if recipe is None:
         raise InputError(f"{name!r} is no known data set{closest(name, known_sets())}: see `textrec data list`")
     raw = Path(raw) if raw else raw_data()
@@ -111,13 +110,38 @@ def prepare_frames(
     `columns` maps user, item, time, rating and title to the names in your files. Without a time column the order of a
     user's rows is the time order.
     """
-    if not name or Path(name).name != name or name.startswith("."):
-        raise InputError(f"{name!r} cannot name a data set: it becomes a folder name")
     files = {"interactions": Path(interactions)} | ({"items": Path(items)} if items else {})
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} is not a file")
-    recipe = SetRecipe(name=name, reader="frames.read", options={"columns": dict(columns)} if columns else {})
+    return _prepare_own(name, "frames", files, columns, processed, progress, choices)
+
+
+def prepare_folder(
+    name: str,
+    folder: Path,
+    project: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    processed: Path | None = None,
+    progress: Progress | None = None,
+    **choices,
+) -> PreparedSet:
+    """Prepare a folder that `project` (`recbole_atomic` or `recformer_folder`) reads as the set `name`.
+
+    `columns` maps user, item, time, rating and title to other fields than RecBole's usual ones. The split is that of
+    `choices`; the default, leave-one-out, is the one RecFormer's parts have.
+    """
+    if columns and project == "recformer_folder":
+        raise InputError("columns cannot be named for recformer_folder: the names in its files are fixed")
+    files = importlib.import_module(f"textrec.data.sources.{project}").find(Path(folder))
+    return _prepare_own(name, project, files, columns, processed, progress, choices)
+
+
+def _prepare_own(name, module, files, columns, processed, progress, choices) -> PreparedSet:
+    if not name or Path(name).name != name or name.startswith("."):
+        raise InputError(f"{name!r} cannot name a data set: it becomes a folder name")
+    recipe = SetRecipe(name=name, reader=f"{module}.read", options={"columns": dict(columns)} if columns else {})
     return prepare_recipe(name, recipe, files, Choices.of(choices), Path(processed or PROCESSED), progress)
 
 
@@ -142,22 +166,16 @@ def prepare_recipe(
         "choices": asdict(choices),
     }
     folder = processed / name
-    remove_abandoned(folder)
+    remove_partials(processed, name)
     if (folder / "fingerprint.json").is_file():
         found = PreparedSet.load(folder)
         if all(found.details.get(key) == value for key, value in identity.items()):
             return found
-    import duckdb
-
-    try:
+    with naming_full_disk(processed, f"prepare {name} again"):
         with staged_folder(folder) as partial, database(partial / "work") as connection:
             details = _build(connection, recipe, files, choices, partial, progress)
             text = json.dumps({**identity, **details, "published": recipe.published, "note": recipe.note}, indent=1)
             (partial / "fingerprint.json").write_text(text + "\n", encoding="utf-8")
-    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
-            raise
-        raise InputError(f"the disk of {processed} is full: free some space and prepare {name} again") from error
     return PreparedSet.load(folder)
 
 
@@ -171,12 +189,12 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     with readable(files):
         tables = reader(connection, files, **recipe.options)
         read_interactions(connection, tables, where, choices)
+        texts = list_items(connection, tables.items, all_items=choices.catalogue == "all") if tables.items else None
     has_times = complete_times(connection, choices, where, tables.first_line)
     steps = filtering.FilterSteps(connection, tell)
     order = _order(choices, has_times)
-    _filter(steps, choices, order, tables)
-    with readable(files):
-        catalogue = _number(connection, choices, tables)
+    _filter(steps, choices, order, listed=texts is not None)
+    catalogue = _number(connection, choices, texts)
     tell("writing the histories")
     arrays = _write_histories(connection, folder, order)
     histories = Histories.load(folder)
@@ -219,16 +237,13 @@ def _order(choices: Choices, has_times: bool) -> str:
     return {"stable": "time, row", "hash": "time, tie, row", "item_id": "time, i, row"}[choices.time_tie_rule]
 
 
-def _filter(steps: filtering.FilterSteps, choices: Choices, order: str, tables: Tables) -> None:
+def _filter(steps: filtering.FilterSteps, choices: Choices, order: str, listed: bool) -> None:
     if choices.min_rating is not None:
         filtering.keep_ratings(steps, choices.min_rating)
     if choices.duplicate_rule != "keep_all":
         filtering.drop_duplicates(steps, choices.duplicate_rule, order)
-    if choices.unknown_items == "drop" and tables.items:
-        steps.connection.execute(
-            f"CREATE TABLE listed_ids AS SELECT DISTINCT trim(CAST(item AS VARCHAR)) AS item FROM ({tables.items})"
-        )
-        known = "i IN (SELECT i FROM source_items SEMI JOIN listed_ids USING (item))"
+    if choices.unknown_items == "drop" and listed:
+        known = "i IN (SELECT i FROM source_items SEMI JOIN listed USING (item))"
         steps.keep("items with a row in the item table", f"SELECT * FROM log WHERE {known}")
     filtering.keep_core(
         steps,
@@ -252,18 +267,17 @@ def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
     steps.connection.unregister("user_sample")
 
 
-def _number(connection, choices: Choices, tables: Tables) -> dict:
+def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
     """Give users and items their internal ids and build the catalogue."""
     connection.execute("""CREATE TABLE kept_users AS SELECT u, user,
         CAST(row_number() OVER (ORDER BY u) - 1 AS INTEGER) AS textrec_number FROM users SEMI JOIN log USING (u)""")
     candidates = "SELECT item FROM source_items SEMI JOIN candidate_ids USING (i)"
-    if choices.catalogue == "all" and tables.items:
-        candidates += f" UNION SELECT trim(CAST(item AS VARCHAR)) FROM ({tables.items}) WHERE item IS NOT NULL"
+    if choices.catalogue == "all" and texts is not None:
+        candidates += " UNION SELECT item FROM listed WHERE item IS NOT NULL"
     connection.execute(f"""CREATE TABLE kept_items AS SELECT item,
         CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS textrec_number FROM ({candidates})""")
-    return build_catalogue(
-        connection, tables.items, duplicate_items=choices.duplicate_items, unknown_items=choices.unknown_items
-    )
+    rules = {"duplicate_items": choices.duplicate_items, "unknown_items": choices.unknown_items}
+    return build_catalogue(connection, texts, **rules)
 
 
 def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:

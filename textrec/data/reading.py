@@ -12,10 +12,15 @@ from textrec.schema import InputError
 
 
 def read_interactions(connection, tables: Tables, where, choices: Choices) -> None:
-    """Create `users`, `source_items` and the typed table `log` (u, i, time, row, rating, tie); refuse wrong values."""
+    """Create `users`, `source_items` and the typed table `log` (u, i, time, row, rating, tie); refuse wrong values.
+
+    The number of a row is DuckDB's own, which keeps the order of the file: a window function would take one core only.
+    Ratings are read where a choice needs them.
+    """
     names = [row[0] for row in connection.execute(f"DESCRIBE {tables.interactions}").fetchall()]
+    used = {"user", "item", "time", *(["rating"] if choices.min_rating is not None else [])}.intersection(names)
     texts = {
-        name: f"trim(CAST({name} AS VARCHAR))" if name in names else "NULL"
+        name: f"trim(CAST({name} AS VARCHAR))" if name in used else "NULL"
         for name in ("user", "item", "time", "rating")
     }
     number = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
@@ -23,16 +28,16 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
     connection.execute(f"""CREATE TABLE typed AS
         SELECT {texts["user"]} AS user, {texts["item"]} AS item, {time} AS time, {rating} AS rating,
             CASE WHEN {texts["time"]} <> '' AND {time} IS NULL THEN {texts["time"]} END AS bad_time,
-            CASE WHEN {texts["rating"]} <> '' AND {rating} IS NULL THEN {texts["rating"]} END AS bad_rating,
-            row_number() OVER () - 1 AS row FROM ({tables.interactions})""")
+            CASE WHEN {texts["rating"]} <> '' AND {rating} IS NULL THEN {texts["rating"]} END AS bad_rating
+        FROM ({tables.interactions})""")
     for column, condition, expected in (
         ("user", "user IS NULL OR user = ''", "a user id"),
         ("item", "item IS NULL OR item = ''", "an item id"),
         ("bad_time", "bad_time IS NOT NULL", "unix seconds or a blank"),
         ("bad_rating", "bad_rating IS NOT NULL", "a number or a blank"),
     ):
-        found = connection.execute(f"SELECT row, {column} FROM typed WHERE {condition} ORDER BY row LIMIT 1").fetchall()
-        for row, value in found:
+        first = f"SELECT rowid, {column} FROM typed WHERE {condition} ORDER BY rowid LIMIT 1"
+        for row, value in connection.execute(first).fetchall():
             label = column.removeprefix("bad_")
             raise InputError(
                 f"{where}, line {row + tables.first_line}: the {label} is {value or ''!r}; expected {expected}"
@@ -46,7 +51,7 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
         if choices.time_tie_rule == "hash"
         else "NULL"
     )
-    connection.execute(f"""CREATE TABLE log AS SELECT u, i, time, row, rating, {tie} AS tie
+    connection.execute(f"""CREATE TABLE log AS SELECT u, i, time, typed.rowid AS row, rating, {tie} AS tie
         FROM typed JOIN users USING (user) JOIN source_items USING (item)""")
     connection.execute("DROP TABLE typed")
 

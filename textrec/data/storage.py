@@ -66,24 +66,6 @@ def _take_place(partial: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left beside `folder`."""
-    for path in folder.parent.glob(f"{folder.name}.partial-*"):
-        pid = int(path.name.rsplit(".partial-", 1)[1].split("-")[0])
-        if pid == os.getpid() or not _alive(pid):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,13 +6,13 @@ be looked up. Colours after Okabe and Ito, told apart with any colour vision; li
 
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from textrec.data.files import replacing
 from textrec.paths import FIGURES
 from textrec.study.claims import load_claims, mismatch
 from textrec.study.records import Record, Run
@@ -87,13 +87,8 @@ def plain(data: object) -> object:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def _footer(figure, provenance: Mapping) -> None:

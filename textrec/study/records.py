@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from textrec.data.audit import Audit
+from textrec.data.files import replacing
 from textrec.data.prepared import PreparedSet
 from textrec.data.splitting import training_counts
 from textrec.paths import ROOT, RUNS
@@ -38,13 +39,8 @@ SAMPLED = 100  # uniform negatives of the sampled ranking that older papers repo
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears under its name only when it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def require_clean(scale: str, dirty: bool) -> None:
@@ -267,8 +263,14 @@ def measured_row(result, prepared: PreparedSet) -> dict:
     """
     from textrec.evaluation.conventions import expected_sampled_metrics
 
-    row = {"row": result.row, "changed": result.changed, "parameters": result.parameters, "metrics": {}, "slices": {},
-           "cost": result.cost}
+    row = {
+        "row": result.row,
+        "changed": result.changed,
+        "parameters": result.parameters,
+        "metrics": {},
+        "slices": {},
+        "cost": result.cost,
+    }
     if result.status != "ok":
         return row | {"status": result.status, "reason": result.reason}
     masks = slices(result.ranks, prepared)

@@ -77,3 +77,12 @@ def test_exported_texts_survive_default_quoting(tmp_path):
     table = pandas.read_csv(folder / "tiny.item", delimiter="\t", engine="python")
     assert table["title:token_seq"].tolist() == ["One", "The 'second' one", "Drei"]
     assert not list(folder.glob("*.partial-*"))
+
+
+def test_the_files_of_a_folder_are_found_by_their_ending(files, tmp_path):
+    assert recbole_atomic.find(tmp_path) == files
+    files["items"].unlink()
+    assert recbole_atomic.find(tmp_path) == {"interactions": files["interactions"]}
+    (tmp_path / "other.inter").touch()
+    with pytest.raises(InputError, match=r"must hold one file <name>.inter of RecBole; found other.inter, small.inter"):
+        recbole_atomic.find(tmp_path)

@@ -6,6 +6,7 @@ import duckdb
 import pytest
 
 from tests.data.sources.test_recbole_atomic import tiny_prepared
+from textrec.data.preparing import prepare_folder
 from textrec.data.sources import recformer_folder
 from textrec.schema import InputError
 
@@ -74,3 +75,14 @@ def test_export_writes_the_split_with_ids_from_zero(tmp_path):
     connection = duckdb.connect()
     again = connection.sql(recformer_folder.read(connection, files).interactions).fetchall()
     assert again == [("anna", "i2"), ("anna", "i1"), ("anna", "i3"), ("anna", "i3"), ("bert", "i1")]
+
+
+def test_a_folder_is_prepared_with_the_split_of_its_parts_and_exported_as_it_was(files, tmp_path):
+    assert recformer_folder.find(tmp_path) == files
+    prepared = prepare_folder("small", tmp_path, "recformer_folder", processed=tmp_path / "out")
+    again = recformer_folder.export(prepared, tmp_path / "export")
+    written = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in again.iterdir()}
+    assert all(written[name] == FOLDER[name] for name in (*recformer_folder.PARTS, "umap", "smap"))
+    files["smap"].unlink()
+    with pytest.raises(InputError, match=r"is no folder of RecFormer: it holds no smap.json"):
+        prepare_folder("small", tmp_path, "recformer_folder", processed=tmp_path / "out")

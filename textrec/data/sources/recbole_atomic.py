@@ -44,6 +44,16 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
     return Tables(interactions=interactions, items=items, first_line=2)
 
 
+def find(folder: Path) -> dict[str, Path]:
+    """Return the .inter file of a folder and, where it is there, the .item file of the same name."""
+    found = sorted(folder.glob("*.inter"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"{folder} must hold one file <name>.inter of RecBole; found {names}")
+    items = found[0].with_suffix(".item")
+    return {"interactions": found[0]} | ({"items": items} if items.is_file() else {})
+
+
 def _item_query(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
     fields = _fields(path)
     found = _found(fields, {name: wanted[name] for name in (Column.item, Column.title)})

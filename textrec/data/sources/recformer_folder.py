@@ -44,6 +44,14 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
     return Tables(interactions="SELECT * FROM recformer_interactions", items="SELECT * FROM recformer_items")
 
 
+def find(folder: Path) -> dict[str, Path]:
+    """Return the six files of a folder by role."""
+    files = {role: folder / f"{role}.json" for role in (*PARTS, "umap", "smap")} | {"items": folder / "meta_data.json"}
+    if missing := [path.name for path in files.values() if not path.is_file()]:
+        raise InputError(f"{folder} is no folder of RecFormer: it holds no {', '.join(missing)}")
+    return files
+
+
 def export(prepared: PreparedSet, folder: Path) -> Path:
     """Write a prepared set as a RecFormer folder `<folder>/<name>` and return it: the set's own split, its ids - 1."""
     split, histories = prepared.split, prepared.histories
