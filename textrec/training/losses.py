@@ -96,7 +96,7 @@ def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tens
     Many picks of a small catalogue go through the full product in blocks: reading N rows per position from memory costs
     more than multiplying with all of them once.
     """
-    if picks_TN.shape[1] * 16 < len(items_ID):
+    if picks_TN.shape[1] * 64 < len(items_ID):
         return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
     return _PickedScores.apply(hidden_TD, items_ID, picks_TN)
 
