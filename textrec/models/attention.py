@@ -1,0 +1,313 @@
+"""Attention over a sliding window plus one global token (Longformer, Beltagy et al. 2020, section 3), padding-free.
+
+A token sees, in one softmax, the tokens of its sequence at most `window / 2` away and the sequence's first token; the
+first token sees its whole sequence, through query, key and value projections of its own. The input is packed: the T
+real tokens of B sequences, one sequence after the other. Projections run on those; only the scores are blocked.
+
+Three exact paths. *dense*: one block per sequence. *blocked*: every sequence is cut into blocks, and a block's keys are
+its own, half a window on either side, and a copy of the first token's. *flex*: FlexAttention over the packed
+tokens, CUDA, no dropout. Deviates from transformers' Longformer in cost alone: the global key and value projections
+are folded into the one query and the one mixture that need them, which saves two (T, D) x (D, D) products.
+
+M blocks · S tokens of a block · R rows a block keeps of keys and values · K keys a block sees
+"""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from textrec.schema import InputError
+
+PATHS = ("auto", "dense", "blocked", "flex")
+SMALLEST_BLOCK = 32  # tokens; smaller matrices cost more in calls than they save
+DENSE_MARGIN = 1.5  # how many more scores the dense path may take before the blocked one is faster
+FLEX_TILE = 128  # tokens, FlexAttention's own block
+
+
+@dataclass(frozen=True)
+class BandLayout:
+    """Which rows the packed tokens of one batch take in blocks of heads, and who sees whom; one serves all layers."""
+
+    window: int
+    num_heads: int
+    path: str  # dense | blocked | flex
+    longest: int  # tokens of the longest sequence
+    halo: int  # tokens a block sees beyond either end; 0: a block is a sequence
+    lengths_B: Tensor
+    starts_B: Tensor  # packed row of each first token
+    sequence_T: Tensor
+    position_T: Tensor
+    sequence_M: Tensor
+    token_MS: Tensor  # packed row of each slot; the unused slots at a sequence's end hold its first token
+    slot_T: Tensor  # row of each token in token_MS.flatten()
+
+    @classmethod
+    def of(cls, lengths_B: Tensor, window: int, num_heads: int, path: str = "auto") -> "BandLayout":
+        """Lay out sequences of `lengths_B` tokens; `path="auto"` takes dense or blocked, whichever is cheaper.
+
+        Raises InputError for an empty sequence, an odd window or an unknown path.
+        """
+        if window < 2 or window % 2 or path not in PATHS:
+            raise InputError(f"window={window}, path={path!r}: expected an even window from 2 on and one of {PATHS}")
+        if not len(lengths_B) or int(lengths_B.min()) < 1:
+            raise InputError("lengths_B holds an empty sequence: expected its first token at least")
+        longest, total = int(lengths_B.max()), int(lengths_B.sum())
+        block, halo = max(window // 2, SMALLEST_BLOCK), window // 2
+        if path == "auto":
+            blocked = int(((lengths_B + block - 1) // block).sum()) * block * (block + 2 * halo)
+            path = "dense" if len(lengths_B) * longest**2 <= DENSE_MARGIN * blocked else "blocked"
+        if path == "dense":
+            block, halo = longest, 0
+        device = lengths_B.device
+        blocks_B = (lengths_B + block - 1) // block
+        starts_B, first_block_B = lengths_B.cumsum(0) - lengths_B, blocks_B.cumsum(0) - blocks_B
+        rows_B = torch.arange(len(lengths_B), device=device)
+        sequence_T = rows_B.repeat_interleave(lengths_B, output_size=total)
+        sequence_M = rows_B.repeat_interleave(blocks_B)
+        position_T = torch.arange(total, device=device) - starts_B[sequence_T]
+        block_M = torch.arange(len(sequence_M), device=device) - first_block_B[sequence_M]
+        position_MS = block_M[:, None] * block + torch.arange(block, device=device)
+        inside_MS = position_MS < lengths_B[sequence_M][:, None]
+        token_MS = starts_B[sequence_M][:, None] + position_MS * inside_MS
+        slot_T = first_block_B[sequence_T] * block + position_T
+        return cls(
+            window, num_heads, path, longest, halo, lengths_B, starts_B, sequence_T, position_T, sequence_M,
+            token_MS, slot_T,
+        )  # fmt: skip
+
+    @cached_property
+    def kept_MR(self) -> Tensor:
+        """Packed row of every key and value a block keeps: its tokens behind, if blocked, a copy of the first one."""
+        return torch.cat([self.starts_B[self.sequence_M][:, None], self.token_MS], 1) if self.halo else self.token_MS
+
+    # A (T, H * d) matrix read as (T * H, d) has token t, head h in row t * H + h; blocks come head by head.
+
+    @cached_property
+    def query_rows(self) -> Tensor:
+        """Row of the (T * H, d) queries that each of the H * M * S slots takes."""
+        return self._head_rows(self.token_MS)
+
+    @cached_property
+    def key_rows(self) -> Tensor:
+        """Row of the keys that each of the (H * M + 2) * R kept rows takes.
+
+        One block before and one behind all others, seen by nobody, give every block two neighbours.
+        """
+        return F.pad(self._head_rows(self.kept_MR), (self.kept_MR.shape[1],) * 2)
+
+    @cached_property
+    def mixed_rows(self) -> Tensor:
+        """Slot of each of the T * H packed rows: the inverse of `query_rows`."""
+        heads_H = torch.arange(self.num_heads, device=self.slot_T.device)
+        return (self.slot_T[:, None] + self.token_MS.numel() * heads_H).flatten()
+
+    @cached_property
+    def stored_rows(self) -> Tensor:
+        """Kept row of each of the T * H packed rows: the inverse of `key_rows`, copies aside."""
+        block, rows = self.token_MS.shape[1], self.kept_MR.shape[1]
+        heads_H = torch.arange(self.num_heads, device=self.slot_T.device)
+        stored_T = (self.slot_T // block + 2) * rows - block + self.slot_T % block
+        return (stored_T[:, None] + self.kept_MR.numel() * heads_H).flatten()
+
+    def _head_rows(self, token_MR: Tensor) -> Tensor:
+        heads_H11 = torch.arange(self.num_heads, device=token_MR.device)[:, None, None]
+        return (token_MR * self.num_heads + heads_H11).flatten()
+
+    @cached_property
+    def bias_MSK(self) -> Tensor:
+        """Return 0 where a query may look and -inf elsewhere; the first token is seen once, as the block's own copy."""
+        block, halo, device = self.token_MS.shape[1], self.halo, self.token_MS.device
+        start_M = self.position_T[self.token_MS[:, 0]]
+        query_MS = start_M[:, None] + torch.arange(block, device=device)
+        key_MK = start_M[:, None] + torch.arange(-halo, block + halo, device=device)
+        if halo:  # the band's own first token gives way to the copy, -1 is nobody
+            key_MK = torch.where(key_MK > 0, key_MK, -1)
+            copy_M1, none_M1 = torch.zeros_like(start_M)[:, None], torch.full_like(start_M, -1)[:, None]
+            parts = key_MK.split([halo, block, halo], 1)
+            key_MK = torch.cat([parts[0], copy_M1, parts[1], none_M1, parts[2]], 1)
+        real_MK = (key_MK >= 0) & (key_MK < self.lengths_B[self.sequence_M][:, None])
+        near_MSK = (query_MS[:, :, None] - key_MK[:, None]).abs() <= self.window // 2
+        seen_MSK = real_MK[:, None] & (near_MSK | (key_MK == 0)[:, None])
+        return torch.zeros(seen_MSK.shape, device=device).masked_fill_(~seen_MSK, -torch.inf)
+
+    @cached_property
+    def flex_mask(self):
+        """FlexAttention's block mask: which tiles of packed tokens a tile sees, and within them who sees whom."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        tokens, half = len(self.sequence_T), self.window // 2
+        sequence_T = F.pad(self.sequence_T, (0, -tokens % FLEX_TILE), value=len(self.lengths_B))
+        position_T = F.pad(self.position_T, (0, -tokens % FLEX_TILE))
+
+        def sees(batch, head, query, key):
+            near = (position_T[query] - position_T[key]).abs() <= half
+            return (sequence_T[query] == sequence_T[key]) & (near | (position_T[key] == 0))
+
+        tile_T = torch.arange(tokens, device=sequence_T.device) // FLEX_TILE
+        tiles = torch.arange(len(sequence_T) // FLEX_TILE, device=sequence_T.device)
+        seen = (tiles[:, None] - tiles).abs() <= -(-half // FLEX_TILE)
+        seen[tile_T, tile_T[self.starts_B][self.sequence_T]] = True
+        order = torch.argsort(seen.int(), dim=1, descending=True, stable=True).int()
+        return BlockMask.from_kv_blocks(
+            seen.sum(1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=FLEX_TILE, mask_mod=sees
+        )
+
+
+class BandedAttention(nn.Module):
+    """Multi-head attention of packed tokens over the band and the global first token, without output projection."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.1):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise InputError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}")
+        for name in ("query", "key", "value", "query_global", "key_global", "value_global"):
+            setattr(self, name, nn.Linear(hidden_size, hidden_size))
+        self.num_heads, self.dropout = num_heads, dropout
+
+    def forward(self, hidden_TD: Tensor, layout: BandLayout) -> Tensor:
+        """Return the mixed values (T, D)."""
+        dropout = self.dropout if self.training else 0.0
+        projected = self.query(hidden_TD), self.key(hidden_TD), self.value(hidden_TD)
+        if layout.path != "flex":
+            mixed_TD = _Band.apply(*projected, layout, dropout)
+        elif dropout:
+            raise InputError(f"path='flex' has no dropout on attention weights: expected dropout 0, got {dropout}")
+        else:
+            mixed_TD = _flex_band(*projected, layout)
+        first_BD = self._global_rows(hidden_TD, layout, dropout)
+        return mixed_TD.index_copy(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
+
+    def _global_rows(self, hidden_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
+        """Return the mixture (B, D) each first token takes of its sequence.
+
+        With keys W h + b, q . (W h + b) = (W' q) . h + q . b, and a mixture of values is the value of the mixture.
+        """
+        rows, width = len(layout.starts_B), hidden_TD.shape[1]
+        per_head = self.num_heads, width // self.num_heads
+        query_BHd = self.query_global(hidden_TD[layout.starts_B]).view(rows, *per_head) * per_head[1] ** -0.5
+        weight, bias = _weight_and_bias(self.key_global)
+        folded_BDH = torch.einsum("bhd,hde->beh", query_BHd, weight.view(*per_head, width))
+        hidden_MSD = hidden_TD.index_select(0, layout.token_MS.flatten()).view(*layout.token_MS.shape, width)
+        scores_TH = torch.bmm(hidden_MSD, folded_BDH[layout.sequence_M]).flatten(0, 1)[layout.slot_T]
+        padded_T = layout.sequence_T * layout.longest + layout.position_T
+        scores_BLH = scores_TH.new_full((rows * layout.longest, self.num_heads), -torch.inf)
+        scores_BLH = scores_BLH.index_copy(0, padded_T, scores_TH).view(rows, layout.longest, -1)
+        # the key bias moves all scores of a row alike; it is added to stay a used parameter
+        scores_BLH = scores_BLH + (query_BHd * bias.view(*per_head)).sum(-1)[:, None]
+        weights_BLH = F.dropout(scores_BLH.softmax(1), dropout)
+        weights_TH = weights_BLH.flatten(0, 1).index_select(0, padded_T)
+        weights_MSH = weights_TH.new_zeros(layout.token_MS.numel(), self.num_heads)
+        weights_MSH = weights_MSH.index_copy(0, layout.slot_T, weights_TH).view(*layout.token_MS.shape, -1)
+        mixed_MHD = torch.bmm(weights_MSH.transpose(1, 2).to(hidden_MSD.dtype), hidden_MSD)
+        mixed_BHD = mixed_MHD.new_zeros(rows, *mixed_MHD.shape[1:]).index_add(0, layout.sequence_M, mixed_MHD)
+        weight, bias = _weight_and_bias(self.value_global)
+        mixed_BHd = torch.einsum("bhe,hde->bhd", mixed_BHD, weight.view(*per_head, width))
+        return (mixed_BHd + weights_BLH.sum(1)[:, :, None] * bias.view(*per_head)).flatten(1)
+
+
+class _Band(torch.autograd.Function):
+    """Softmax attention of each block over the keys it sees, for dense and blocked layouts alike.
+
+    Written out because the windows overlap: autograd would copy them, and scatter their gradients element by element.
+    """
+
+    @staticmethod
+    def forward(ctx, query_TD: Tensor, key_TD: Tensor, value_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
+        heads, (blocks, block) = layout.num_heads, layout.token_MS.shape
+        dim = query_TD.shape[1] // heads
+        query = query_TD.reshape(-1, dim).index_select(0, layout.query_rows).view(heads * blocks, block, dim)
+        query.mul_(dim**-0.5)
+        key, value = (x.reshape(-1, dim).index_select(0, layout.key_rows) for x in (key_TD, value_TD))
+        scores = torch.bmm(query, _seen(key, layout))
+        scores.view(heads, blocks, block, -1).add_(layout.bias_MSK)
+        weights = scores.float().softmax(-1).to(query.dtype)
+        kept = _kept(weights, dropout) if dropout else weights
+        mixed = torch.bmm(kept, _seen(value, layout).transpose(1, 2)).mul_(1 / (1 - dropout))
+        ctx.save_for_backward(query, key, value, weights, kept, mixed)
+        ctx.layout, ctx.dropout = layout, dropout
+        return mixed.view(-1, dim).index_select(0, layout.mixed_rows).view(query_TD.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_TD: Tensor):
+        query, key, value, weights, kept, mixed = ctx.saved_tensors
+        layout, dim = ctx.layout, query.shape[-1]
+        gradient = gradient_TD.new_zeros(mixed.shape).view(-1, dim)
+        gradient = gradient.index_copy_(0, layout.mixed_rows, gradient_TD.reshape(-1, dim)).view_as(mixed)
+        expected = (gradient.float() * mixed).sum(-1, keepdim=True)  # = sum over keys of weight times its gradient
+        gradient.mul_(1 / (1 - ctx.dropout))
+        scores = torch.bmm(gradient, _seen(value, layout)).float()
+        if ctx.dropout:
+            scores.mul_(kept).addcmul_(weights, expected.to(scores.dtype), value=-1)
+        else:
+            scores.sub_(expected).mul_(weights)
+        scores = scores.to(query.dtype)
+        query_grad = torch.bmm(scores, _seen(key, layout).transpose(1, 2)).mul_(dim**-0.5)
+        query_grad = query_grad.view(-1, dim).index_select(0, layout.mixed_rows).view(gradient_TD.shape)
+        key_grad = _back(scores, query, layout).view(gradient_TD.shape)
+        return query_grad, key_grad, _back(kept, gradient, layout).view(gradient_TD.shape), None, None
+
+
+def _seen(stored: Tensor, layout: BandLayout) -> Tensor:
+    """View the stored rows (all blocks one behind the other) as what each block sees: (H * M, d, K), overlapping."""
+    size = layout.kept_MR.shape[1] + 2 * layout.halo + bool(layout.halo)
+    skipped = layout.kept_MR.shape[1] - layout.halo
+    return stored[skipped : len(stored) - skipped + bool(layout.halo)].unfold(0, size, layout.kept_MR.shape[1])
+
+
+def _back(left: Tensor, right: Tensor, layout: BandLayout) -> Tensor:
+    """Sum left' right, the gradients of what each block sees, into the packed rows (T * H, d) they were seen from."""
+    halo, rows = layout.halo, layout.kept_MR.shape[1]
+    left = left.transpose(1, 2)
+    stored = right.new_zeros(len(left) + 2, rows, right.shape[-1])
+    stored[1:-1] = torch.bmm(left[:, halo : halo + rows], right)
+    if halo:
+        stored[:-2, rows - halo :] += torch.bmm(left[:, :halo], right)
+        stored[2:, 1 : 1 + halo] += torch.bmm(left[:, halo + rows + 1 :], right)
+    heads = layout.num_heads
+    packed = stored.view(-1, right.shape[-1]).index_select(0, layout.stored_rows)
+    if halo:
+        copies = stored[1:-1, 0].view(heads, -1, right.shape[-1]).transpose(0, 1)
+        first_B = copies.new_zeros(len(layout.starts_B), *copies.shape[1:]).index_add_(0, layout.sequence_M, copies)
+        packed.view(-1, heads, right.shape[-1]).index_add_(0, layout.starts_B, first_B)
+    return packed
+
+
+def _kept(weights: Tensor, dropout: float) -> Tensor:
+    """Zero a share of the weights, unscaled; sixteen random bits decide on each, to 1/65536 of the share."""
+    words = -(-weights.numel() // 4)
+    bits = torch.empty(words, dtype=torch.int64, device=weights.device).random_(-(2**63), None).view(torch.int16)
+    keep = bits[: weights.numel()].view(weights.shape) >= round(dropout * 2**16) - 2**15
+    return torch.where(keep, weights, 0.0)
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return what a linear layer computes as matrix and bias; one wrapped in an adapter is asked for both."""
+    if type(linear) is nn.Linear:
+        return linear.weight, linear.bias
+    like = next(linear.parameters())
+    asked = linear(torch.eye(linear.in_features + 1, linear.in_features, dtype=like.dtype, device=like.device))
+    return (asked[:-1] - asked[-1]).T, asked[-1]
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex_band(query_TD: Tensor, key_TD: Tensor, value_TD: Tensor, layout: BandLayout) -> Tensor:
+    """Attend by FlexAttention over the packed tokens, filled up to whole tiles."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tokens = len(query_TD)
+    filled = [F.pad(x, (0, 0, 0, -tokens % FLEX_TILE)) for x in (query_TD, key_TD, value_TD)]
+    heads = [x.view(1, len(x), layout.num_heads, -1).transpose(1, 2) for x in filled]
+    attend = _compiled_flex() if query_TD.is_cuda else flex_attention
+    mixed = attend(*heads, block_mask=layout.flex_mask)
+    return mixed.transpose(1, 2).reshape(len(filled[0]), -1)[:tokens]
