@@ -79,6 +79,7 @@ def test_a_misspelt_word_is_answered_with_the_closest(arguments, hint):
         (("data", "prepare", "no-such-set"), "no-such-set"),
         (("data", "prepare", "mine", "--interactions", "absent.csv"), "absent.csv"),
         (("data", "prepare", "mine", "--items", "products.csv"), "--interactions"),
+        (("data", "prepare", "mine", "--from", "recbole_atomic"), "--raw"),
         (("data", "prepare", "synthetic", "--choice", "split"), "name=value"),
         (("data", "prepare", "synthetic", "--choice", "time_tie_rul=hash"), "time_tie_rule"),
         (("run", "99"), "99"),
@@ -120,21 +121,6 @@ def test_options_take_several_values():
     assert parse("textrec run 01 --scale laptop")["number"] == "01"
 
 
-def test_values_are_read_by_type():
-    texts = ["min_item=5", "core_repeat=true", "rate=1.0e-4", "user_sample=null", "split=ratio", "title=a=b"]
-    values = {"min_item": 5, "core_repeat": True, "rate": 1e-4, "user_sample": None, "split": "ratio", "title": "a=b"}
-    assert cli.pairs(texts, "--choice") == values
-    with pytest.raises(InputError, match="name=value"):
-        cli.pairs(["min_item"], "--choice")
-
-
-def test_steps_are_plain_lines_where_nobody_watches(capsys):
-    with cli.progress() as step:
-        step("reading")
-        step("writing")
-    assert capsys.readouterr().out == "reading\nwriting\n"
-
-
 class Shelf:
     """Two users and four items with external ids, as much of a prepared set as recommending needs."""
 
@@ -167,13 +153,16 @@ def test_an_unknown_history_is_refused(user, history, sentence):
 def test_failed_runs_fail_the_command(monkeypatch, capsys):
     from textrec.study import runner
 
-    def run_notebook(number, *, seed, **options):
+    def run_notebook(number, *, seed, progress, **options):
+        if progress:
+            progress(f"{number} seed {seed}: cell 1 of 2")
         return runner.Outcome(number, seed, "failed" if seed else "ok", "ValueError: no" if seed else None, 1.0)
 
     monkeypatch.setattr(runner, "run_notebook", run_notebook)
     assert run_main(monkeypatch, "run", "00", "--seeds", "0") == 0
-    assert run_main(monkeypatch, "run", "00", "--seeds", "0", "1") == 1
-    assert "00 seed 1: failed, 1 s: ValueError: no" in capsys.readouterr().out
+    assert capsys.readouterr().out == "00 seed 0: cell 1 of 2\n00 seed 0: ok, 1 s\n"
+    assert run_main(monkeypatch, "run", "00", "--seeds", "0", "1", "--quiet") == 1
+    assert capsys.readouterr().out == "00 seed 0: ok, 1 s\n00 seed 1: failed, 1 s: ValueError: no\n"
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import errno
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from textrec.data_cli import Format, RawOption, aligned, data_app, load, pairs, progress
 from textrec.schema import InputError
 
 # options that take several values: `--seeds 0 1 2`
@@ -23,7 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="List, download, prepare and audit data sets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 
 
@@ -36,16 +35,9 @@ class Scale(StrEnum):
 
 
 ScaleOption = Annotated[Scale, typer.Option(help="Which parameter files: seconds, an hour, or the paper's hardware.")]
-class Format(StrEnum):
-    """Another project's files; the values are the modules that write them."""
-
-    recbole_atomic = "recbole_atomic"
-    recformer_folder = "recformer_folder"
-
-
 SeedsOption = Annotated[list[int] | None, typer.Option(help="One run each, e.g. --seeds 0 1 2.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Say what became of a run, not what it is doing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Run again though nothing changed.")]
-RawOption = Annotated[Path | None, typer.Option(help="Folder of raw data; default $TEXTREC_DATA, else data/raw.")]
 
 
 def main() -> None:
@@ -74,31 +66,6 @@ def spread(arguments: Iterable[str]) -> Iterator[str]:
         yield argument
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the step at work: a moving line on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        with Console().status("...") as status:
-            yield status.update
-    else:
-        yield lambda step: typer.echo(step)
-
-
-def pairs(texts: list[str], option: str) -> dict[str, object]:
-    """Read `name=value` texts; values are YAML, so numbers, true and null come out as such."""
-    import yaml
-
-    values = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise InputError(f"{option} {text!r} is not of the form name=value")
-        values[name] = yaml.safe_load(value)
-    return values
-
-
 @app.command()
 def doctor() -> None:
     """Check Python, packages, folders and data. Status 1 where a run would fail.
@@ -115,134 +82,6 @@ def doctor() -> None:
     raise typer.Exit(any(finding.status == "fail" for finding in findings))
 
 
-@data_app.command("list")
-def data_list() -> None:
-    """Name the known sets. Sizes are the publishers'; the state says what is at hand.
-
-    \b
-    Example:
-      textrec data list
-    """
-    from textrec.data.download import known_downloads
-    from textrec.data.preparing import known_sets
-    from textrec.paths import PROCESSED, raw_data
-
-    raw = raw_data()
-    lines = [("set", "users", "items", "interactions", "state")]
-    for name, recipe in known_sets().items():
-        sizes = [recipe.published.get(key) for key in ("users", "items", "interactions")]
-        if (PROCESSED / name / "fingerprint.json").is_file():
-            state = "prepared"
-        elif all((raw / path).is_file() for path in recipe.files.values()):
-            state = "raw files at hand"
-        else:
-            state = "can be downloaded" if name in known_downloads() else "not at hand"
-        lines.append((name, *(f"{size:,}" if size else "" for size in sizes), state))
-    typer.echo(f"raw data: {raw}\n\n{aligned(lines)}")
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Return lines of cells as columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-@data_app.command("download")
-def data_download(
-    name: Annotated[str, typer.Argument(help="A public set, e.g. ml-1m or amazon-2018-<Category>.")],
-    raw: RawOption = None,
-) -> None:
-    """Fetch a public set, or go on fetching. Mirrors are tried in order; what is pinned is checked.
-
-    \b
-    Examples:
-      textrec data download ml-1m
-      textrec data download amazon-2018-Industrial_and_Scientific
-    """
-    from textrec.data.download import download_set
-
-    with transfer() as moved:
-        lines = download_set(name, raw, progress=moved)
-    typer.echo("\n".join(lines))
-
-
-@contextmanager
-def transfer() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function of (file, bytes so far, bytes in all): a bar on a terminal, one line per file elsewhere."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
-        tasks = {}
-
-        def moved(file: str, done: int, total: int | None) -> None:
-            if file not in tasks:
-                tasks[file] = bars.add_task(file, total=total)
-                if bars.disable:
-                    typer.echo(f"fetching {file}" + (f", {total / 2**20:.1f} MiB" if total else ""))
-            bars.update(tasks[file], completed=done, total=total)
-
-        yield moved
-
-
-@data_app.command("prepare")
-def data_prepare(
-    name: Annotated[str, typer.Argument(help="A set of `textrec data list`, or a new name for your own files.")],
-    interactions: Annotated[Path | None, typer.Option(help="Your own file: user, item and, if known, time.")] = None,
-    items: Annotated[Path | None, typer.Option(help="Your own file: item and its texts, a title first.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="Our name=your name, e.g. user=customer_id.")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="A choice of preparation as name=value.")] = None,
-    raw: RawOption = None,
-) -> None:
-    """Turn raw files into a prepared set. Prints its data card; reused where nothing changed.
-
-    \b
-    Examples:
-      textrec data prepare synthetic
-      textrec data prepare amazon-2018-scientific
-      textrec data prepare shop --interactions sales.csv --items products.jsonl --column user=customer item=sku
-      textrec data prepare ml-1m-w3 --choice time_tie_rule=hash min_item=5
-    """
-    from textrec.data.audit import data_card
-    from textrec.data.preparing import prepare, prepare_frames
-
-    choices = pairs(choice or [], "--choice")
-    if interactions is None and (items or column):
-        raise InputError("--items and --column describe your own files: name --interactions, too")
-    with progress() as step:
-        if interactions is None:
-            prepared = prepare(name, raw=raw, progress=step, **choices)
-        else:
-            columns = pairs(column or [], "--column")
-            prepared = prepare_frames(name, interactions, items, columns=columns, progress=step, **choices)
-    typer.echo(data_card(prepared))
-
-
-@data_app.command("audit")
-def data_audit(name: Annotated[str, typer.Argument(help="A known or a prepared set.")], raw: RawOption = None) -> None:
-    """Print what may mislead on this split. Leaks in time, ties, cold items, repeats, duplicate texts.
-
-    \b
-    Example:
-      textrec data audit amazon-2018-scientific
-    """
-    from textrec.data.audit import audit
-
-    typer.echo(audit(load(name, raw)))
-
-
-def load(name: str, raw: Path | None = None):
-    """Return the prepared set `name`, made from its raw files where it is not there yet."""
-    from textrec.data.prepared import PreparedSet
-    from textrec.data.preparing import prepare
-    from textrec.paths import PROCESSED
-
-    if (PROCESSED / name / "fingerprint.json").is_file():
-        return PreparedSet.load(PROCESSED / name)
-    with progress() as step:
-        return prepare(name, raw=raw, progress=step)
-
-
 @app.command()
 def run(
     number: Annotated[str, typer.Argument(metavar="NN", help="The two digits a notebook's name starts with.")],
@@ -251,6 +90,7 @@ def run(
     seeds: SeedsOption = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter of the notebook as name=value.")] = None,
     force: ForceOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Execute one notebook, once per seed. Into papermill_runs/<scale>/; a killed run goes on where it was.
 
@@ -264,9 +104,10 @@ def run(
 
     options = {"scale": scale.value, "variant": variant, "overrides": pairs(set_ or [], "--set"), "force": force}
     outcomes = []
-    for seed in seeds or [0]:
-        outcomes.append(run_notebook(number, seed=seed, **options))
-        tell(outcomes[-1])
+    with progress(quiet) as step:
+        for seed in seeds or [0]:
+            outcomes.append(run_notebook(number, seed=seed, progress=step, **options))
+            tell(outcomes[-1])
     raise typer.Exit(any(outcome.status not in ("ok", "skipped") for outcome in outcomes))
 
 
@@ -277,6 +118,7 @@ def study(
     seeds: SeedsOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at once; the cores are shared among them.")] = 1,
     force: ForceOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Execute every notebook, then the report. Finished runs are left as they are.
 
@@ -292,7 +134,8 @@ def study(
     estimates = [estimate_seconds(one) for one in plan(scale.value, **chosen)]
     known = sum(seconds for seconds in estimates if seconds)
     typer.echo(f"{len(estimates)} runs at scale {scale}, about {known / 60 / jobs:.0f} min if nothing is done yet")
-    outcomes = run_study(scale.value, **chosen, jobs=jobs, force=force, tell=tell)
+    with progress(quiet) as step:
+        outcomes = run_study(scale.value, **chosen, jobs=jobs, force=force, tell=tell, progress=step)
     typer.echo(f"report: {FIGURES / 'report.html'}")
     raise typer.Exit(any(outcome.status in ("failed", "out_of_memory") for outcome in outcomes))
 

@@ -1,9 +1,10 @@
-"""Raw Amazon JSON to a prepared set: ours against a plain script (json.loads per line, dicts), from the same files.
+"""Raw Amazon JSON to a prepared set: ours against what scripts of this field do, from the same files.
 
-    python tests/benchmarks/bench_prepare.py --copies 60 [--unpacked]
+    python tests/benchmarks/bench_prepare.py [--copies 60] [--rounds 3] [--unpacked]
 
-The real files of three categories are copied with new user ids, so that the 5-core has work to do. Each side runs in a
-process of its own and must find the same histories; time and peak memory are those of the process.
+The real files of three categories are copied with new user ids, so that the 5-core has work to do. Every side runs in a
+process of its own, one after the other, round after round; times are the best of the rounds, start of Python included.
+`gunzip` and `scan` do nothing with what they read: no reader that unpacks with zlib, or parses with DuckDB, takes less.
 """
 
 import argparse
@@ -21,39 +22,41 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from _ratio import machine
+
 REVIEWS = ("All_Beauty_5.json.gz", "Gift_Cards_5.json.gz", "Magazine_Subscriptions_5.json.gz")
 METADATA = ("meta_Gift_Cards.json.gz", "meta_Magazine_Subscriptions.json.gz")
 CORE = 5
-SIDES = ("plain", "ours")
 
 
-def open_text(path: Path, mode: str = "rt"):
-    return gzip.open(path, mode, encoding="utf-8") if path.suffix == ".gz" else path.open(mode, encoding="utf-8")
+def open_binary(path: Path, mode: str = "rb"):
+    return gzip.open(path, mode) if path.suffix == ".gz" else path.open(mode)
 
 
-def write_copies(raw: Path, folder: Path, copies: int, ending: str) -> int:
-    """Write the copied reviews and a tenth as many copies of the metadata; return the unpacked characters."""
-    size = 0
+def write_copies(raw: Path, folder: Path, copies: int, ending: str) -> tuple[int, int]:
+    """Write the copied reviews and a tenth as many copies of the metadata; return lines and unpacked bytes."""
+    lines = size = 0
     for name, sources, key, count in (
-        ("reviews", REVIEWS, '"reviewerID": "', copies),
-        ("meta", METADATA, '"asin": "', max(copies // 10, 1)),
+        ("reviews", REVIEWS, b'"reviewerID": "', copies),
+        ("meta", METADATA, b'"asin": "', max(copies // 10, 1)),
     ):
-        text = "".join(open_text(raw / source).read() for source in sources)
-        with open_text(folder / f"{name}{ending}", "wt") as file:
+        text = b"".join(open_binary(raw / source).read() for source in sources)
+        with open_binary(folder / f"{name}{ending}", "wb") as file:
             for copy in range(count):
-                size += file.write(text.replace(key, f"{key}{copy}-") if copy else text)
-    return size
+                size += file.write(text.replace(key, b"%s%d-" % (key, copy)) if copy else text)
+        lines += count * text.count(b"\n")
+    return lines, size
 
 
 def plain(reviews: Path, meta: Path, folder: Path) -> str:
     """Do what scripts of this field do: a dict a line, the whole log in lists, a k-core in Python; return a hash."""
     log = []
-    with open_text(reviews) as file:
+    with open_binary(reviews) as file:
         for line in file:
             review = json.loads(line)
             log.append((review["reviewerID"], review["asin"], review["unixReviewTime"]))
     items = {}
-    with open_text(meta) as file:
+    with open_binary(meta) as file:
         for line in file:
             record = json.loads(line)
             title = re.sub("<[^>]*>", " ", html.unescape(record.get("title") or ""))
@@ -88,53 +91,93 @@ def ours(reviews: Path, meta: Path, folder: Path) -> str:
     return digest(prepare_recipe("bench", recipe, files, choices, folder / "processed").histories.items_E)
 
 
+def unpack(reviews: Path, meta: Path, folder: Path) -> str:
+    for path in (reviews, meta):
+        with open_binary(path) as file:
+            while file.read(1 << 20):
+                pass
+    return ""
+
+
+def scan(reviews: Path, meta: Path, folder: Path) -> str:
+    """Let DuckDB read the named fields of both files and count them."""
+    import duckdb
+
+    from textrec.data.sources import amazon
+
+    with duckdb.connect() as connection:
+        tables = amazon.read(connection, {"interactions": reviews, "items": meta})
+        for query, names in ((tables.interactions, "user, item, time"), (tables.items, "item, title, brand, category")):
+            counted = ", ".join(f"count({name})" for name in names.split(", "))
+            connection.execute(f"SELECT {counted} FROM ({query})").fetchall()
+    return ""
+
+
 def digest(items) -> str:
     import numpy as np
 
     return hashlib.sha256(np.asarray(items, dtype=np.int32).tobytes()).hexdigest()
 
 
-def measure(side: str, arguments: list[str]) -> dict:
+WORKS = {"plain": plain, "ours": ours, "scan": scan, "gunzip": unpack}
+SIDES = {"plain": ("plain", 1), "ours, 1 core": ("ours", 1), "ours, 2 cores": ("ours", 2), "scan, 1 core": ("scan", 1),
+         "gunzip": ("gunzip", 1)}  # fmt: skip
+
+
+def measure(work: str, cores: int, folder: Path, ending: str) -> dict:
+    """Run one side in a process of its own on so many cores."""
+    shutil.rmtree(folder / "processed", ignore_errors=True)
+    command = [sys.executable, __file__, "--work", work, "--cores", str(cores), "--folder", str(folder)]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--side", side, *arguments], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "--ending", ending], stdout=subprocess.PIPE, text=True)
     output = process.stdout.read().strip()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"the side {side!r} failed")
+        raise SystemExit(f"{work!r} failed")
     cpu = usage.ru_utime + usage.ru_stime
-    return {"hash": output, "seconds": time.perf_counter() - started, "cpu": cpu, "peak_mib": usage.ru_maxrss / 1024}
+    return {"hash": output, "wall": time.perf_counter() - started, "cpu": cpu, "peak_mib": usage.ru_maxrss / 1024}
+
+
+def compare(raw: Path, copies: int, ending: str, rounds: int) -> None:
+    """Measure all sides on files of one size and print them as a table."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-prepare-"))
+    try:
+        lines, size = write_copies(raw, folder, copies, ending)
+        runs = {side: [] for side in SIDES if ending == ".json.gz" or side != "gunzip"}
+        for _ in range(rounds):
+            for side in runs:
+                runs[side].append(measure(*SIDES[side], folder, ending))
+    finally:
+        shutil.rmtree(folder)
+    if len({run["hash"] for side in runs for run in runs[side]} - {""}) > 1:
+        raise SystemExit("the sides found different histories")
+    best = {side: {key: min(run[key] for run in runs[side]) for key in ("wall", "cpu", "peak_mib")} for side in runs}
+    print(f"\n{lines:,} lines, {size / 2**20:,.0f} MiB of JSON as {ending}; best of {rounds}; same histories\n")
+    print("| side | wall s | CPU s | peak MiB | plain / side, wall | CPU |\n|---|--:|--:|--:|--:|--:|")
+    for side, took in best.items():
+        ratios = [best["plain"][key] / took[key] for key in ("wall", "cpu")]
+        numbers = f"{took['wall']:.1f} | {took['cpu']:.2f} | {took['peak_mib']:,.0f}"
+        print(f"| {side} | {numbers} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, default=Path(os.environ.get("TEXTREC_DATA", "data/raw"), "raw/amazon-2018"))
     parser.add_argument("--copies", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unpacked", action="store_true", help="plain .json instead of .json.gz")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    for hidden, kind in (("--work", str), ("--cores", int), ("--folder", Path), ("--ending", str)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    ending = ".json" if arguments.unpacked else ".json.gz"
-    if arguments.side:
-        files = (arguments.folder / f"{name}{ending}" for name in ("reviews", "meta"))
-        print({"plain": plain, "ours": ours}[arguments.side](*files, arguments.folder))
+    if arguments.work:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # DuckDB takes a thread a core
+        files = (arguments.folder / f"{name}{arguments.ending}" for name in ("reviews", "meta"))
+        print(WORKS[arguments.work](*files, arguments.folder))
         return
-    folder = Path(tempfile.mkdtemp(prefix="bench-prepare-"))
-    try:
-        size = write_copies(arguments.raw, folder, arguments.copies, ending)
-        passed = ["--folder", str(folder), *(["--unpacked"] if arguments.unpacked else [])]
-        results = {side: measure(side, passed) for side in SIDES}
-    finally:
-        shutil.rmtree(folder)
-    if results["plain"]["hash"] != results["ours"]["hash"]:
-        raise SystemExit("the two sides found different histories")
-    print(f"{size / 2**20:,.0f} MiB of JSON as {ending}; both sides found the same histories")
-    print(f"{'':<6}{'wall s':>9}{'CPU s':>9}{'peak MiB':>10}")
-    for side, result in results.items():
-        print(f"{side:<6}{result['seconds']:>9.1f}{result['cpu']:>9.1f}{result['peak_mib']:>10,.0f}")
-    ratios = [results["plain"][key] / results["ours"][key] for key in ("seconds", "cpu", "peak_mib")]
-    print(f"{'ratio':<6}{ratios[0]:>9.2f}{ratios[1]:>9.2f}{ratios[2]:>10.2f}")
+    print(machine())
+    ending = ".json" if arguments.unpacked else ".json.gz"
+    for copies in (arguments.copies // 10, arguments.copies):  # does memory grow with the file?
+        compare(arguments.raw, copies, ending, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -263,14 +263,8 @@ def measured_row(result, prepared: PreparedSet) -> dict:
     """
     from textrec.evaluation.conventions import expected_sampled_metrics
 
-    row = {
-        "row": result.row,
-        "changed": result.changed,
-        "parameters": result.parameters,
-        "metrics": {},
-        "slices": {},
-        "cost": result.cost,
-    }
+    row = {"row": result.row, "changed": result.changed, "parameters": result.parameters, "metrics": {}, "slices": {},
+           "cost": result.cost}  # fmt: skip
     if result.status != "ok":
         return row | {"status": result.status, "reason": result.reason}
     masks = slices(result.ranks, prepared)

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from textrec.data.files import NO_SPACE, naming_full_disk, remove_partials
 from textrec.data.preparing import prepare
-from textrec.paths import NOTEBOOKS, ROOT, RUNS
+from textrec.paths import FIGURES, NOTEBOOKS, ROOT, RUNS
 from textrec.provenance import code_hash
 from textrec.schema import InputError
 from textrec.study.claims import load_claims
@@ -38,7 +40,17 @@ from textrec.study.records import Record, Run, load_records, num_cores, write_re
 REPORT = "11"  # reads the records of all others: it runs last, once, always, and is no measurement itself
 OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|can't allocate memory|bad_alloc", re.IGNORECASE)
 UNITS = {"s": 1, "min": 60, "h": 3600}
+LOOK_EVERY_S = 0.5
+# runs in the kernel before the first cell: a handler of its own, as what a kernel prints ends up in the notebook
+LOG_TO_FILE = """import logging
+_handler = logging.FileHandler({path!r}, encoding="utf-8")
+_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+logging.getLogger("textrec").addHandler(_handler)
+logging.getLogger("textrec").setLevel(logging.INFO)
+logging.getLogger("textrec").propagate = False
+del _handler, logging"""
 ONE_AT_A_TIME = threading.Lock()  # partial folders are told apart by process, not by thread
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,22 +72,32 @@ def run_notebook(
     seed: int = 0,
     overrides: dict[str, object] | None = None,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Execute notebook `number` into its run folder and return what became of it.
 
-    A mistake in the parameters, a dirty tree above the smoke scale and missing data raise `InputError` before anything
-    runs; an error inside the notebook is an outcome and, on disk, a record with its reason.
+    `progress` is called with a sentence for every cell and every line that the training logs; the notebook holds none
+    of them. A mistake in the parameters, a dirty tree above the smoke scale and missing data raise `InputError` before
+    anything runs; an error inside the notebook is an outcome and, on disk, a record with its reason.
     """
     run, values = _prepare_run(number, scale, variant, seed, overrides)
     inputs = _inputs(run, values) if number != REPORT else {}
     if inputs and not force and _is_done(run, inputs):
         return Outcome(run.label, run.seed, "skipped", None, 0.0)
     started = time.perf_counter()
-    status, reason = _execute(notebook_path(number), values, run.folder)
-    seconds = time.perf_counter() - started
-    if number != REPORT:
-        record = _final_record(run, status, reason, {"inputs": inputs, "wall_s": round(seconds, 1)})
-        status, reason = record.status, record.reason
+    tell = (lambda line: progress(f"{run.label} seed {run.seed}: {line}")) if progress else (lambda line: None)
+    with naming_full_disk(run.folder, f"run {run.label} again; its finished rows are kept"):
+        try:
+            status, reason = _execute(notebook_path(number), values, run.folder, tell)
+        finally:  # of this run and of killed ones before it
+            remove_partials(run.folder)
+            remove_partials(FIGURES / scale, f"{run.notebook}_*")
+        seconds = time.perf_counter() - started
+        if number != REPORT:
+            record = _final_record(run, status, reason, {"inputs": inputs, "wall_s": round(seconds, 1)})
+            status, reason = record.status, record.reason
+        if NO_SPACE.search(reason or ""):  # met by the notebook, not by the runner
+            raise OSError(reason)
     return Outcome(run.label, run.seed, status, reason, seconds)
 
 
@@ -110,22 +132,64 @@ def _is_done(run: Run, inputs: dict) -> bool:
     return record is not None and record.status == "ok" and record.environment.get("inputs") == inputs
 
 
-def _execute(notebook: Path, values: dict[str, object], folder: Path) -> tuple[str, str | None]:
+@contextlib.contextmanager
+def following(path: Path, tell: Progress) -> Iterator[None]:
+    """Empty a file, then hand every line that another process appends to it to `tell` until the block ends."""
+    path.write_text("", encoding="utf-8")
+    over = threading.Event()
+
+    def follow() -> None:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while True:
+                last_look = over.wait(LOOK_EVERY_S)
+                for line in file:
+                    tell(line.rstrip())
+                if last_look:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _cell_teller(num_cells: int, tell: Progress) -> Callable:
+    """Return a function that tells of every code cell before it runs: its number and the heading it stands under."""
+    count, heading = itertools.count(1), ""
+
+    def start(cell, cell_index: int) -> None:
+        nonlocal heading
+        if cell.cell_type == "markdown":
+            headings = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
+            heading = headings[-1] if headings else heading
+        elif cell.cell_type == "code":
+            tell(f"cell {next(count)} of {num_cells}" + (f", {heading}" if heading else ""))
+
+    return start
+
+
+def _execute(notebook: Path, values: dict[str, object], folder: Path, tell: Progress) -> tuple[str, str | None]:
     """Run the notebook in a fresh kernel; write `executed.ipynb` even where a cell raised; return status and reason."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("executed.partial-*"):
-        stale.unlink()
+    log, status, reason = folder / "run.log", "ok", None
     partial = folder / f"executed.partial-{os.getpid()}.ipynb"  # papermill wants the suffix
-    status, reason = "ok", None
     try:
-        papermill.execute_notebook(
-            notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own sockets at every start
-        )  # fmt: skip
+        with following(log, tell):
+            papermill.execute_notebook(
+                notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False,
+                on_cell_start=_cell_teller(len(list(code_cells(notebook))) + 1, tell),  # papermill adds a cell
+                extra_arguments=[
+                    "--IPKernelApp.log_level=ERROR",  # it warns of its own sockets at every start
+                    f"--IPKernelApp.exec_lines={LOG_TO_FILE.format(path=str(log))}",
+                ],
+            )  # fmt: skip
     except PapermillExecutionError as error:
         reason = " ".join(f"{error.ename}: {error.evalue}".removeprefix("InputError: ").split())[:500]
         status = "out_of_memory" if OUT_OF_MEMORY.search(reason) else "failed"
@@ -175,17 +239,19 @@ def run_study(
     jobs: int = 1,
     force: bool = False,
     tell: Callable[[Outcome], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Run the notebooks of a study, `jobs` at once, each in a kernel of its own with its share of the cores.
 
-    `tell` is called with each outcome as it comes. The report notebook runs when all others have ended. A set that is
-    not at hand makes its runs `not_attempted`; it does not stop the others.
+    `tell` is called with each outcome as it comes, `progress` as by `run_notebook`. The report notebook runs when all
+    others have ended. A set that is not at hand makes its runs `not_attempted`; it does not stop the others.
     """
     runs = plan(scale, numbers=numbers, seeds=seeds)
 
     def attempt(run: Run) -> Outcome:
+        chosen = {"scale": scale, "variant": run.variant, "seed": run.seed, "force": force, "progress": progress}
         try:
-            outcome = run_notebook(run.notebook, scale=scale, variant=run.variant, seed=run.seed, force=force)
+            outcome = run_notebook(run.notebook, **chosen)
         except InputError as error:
             outcome = Outcome(run.label, run.seed, "not_attempted", str(error), 0.0)
         if tell:
