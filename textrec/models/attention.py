@@ -168,9 +168,12 @@ class BandedAttention(nn.Module):
             setattr(self, name, nn.Linear(hidden_size, hidden_size))
         self.num_heads, self.dropout = num_heads, dropout
 
-    def forward(self, hidden_TD: Tensor, layout: BandLayout) -> Tensor:
-        """Return the mixed values (T, D)."""
+    def forward(self, hidden_TD: Tensor, layout: BandLayout, first_only: bool = False) -> Tensor:
+        """Return the mixed values (T, D) or, with `first_only`, those of the first tokens alone (B, D)."""
         dropout = self.dropout if self.training else 0.0
+        first_BD = self._global_rows(hidden_TD, layout, dropout)
+        if first_only:
+            return first_BD
         projected = self.query(hidden_TD), self.key(hidden_TD), self.value(hidden_TD)
         if layout.path != "flex":
             mixed_TD = _Band.apply(*projected, layout, dropout)
@@ -178,7 +181,6 @@ class BandedAttention(nn.Module):
             raise InputError(f"path='flex' has no dropout on attention weights: expected dropout 0, got {dropout}")
         else:
             mixed_TD = _flex_band(*projected, layout)
-        first_BD = self._global_rows(hidden_TD, layout, dropout)
         return mixed_TD.index_copy(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
 
     def _global_rows(self, hidden_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
@@ -224,7 +226,7 @@ class _Band(torch.autograd.Function):
         key, value = (x.reshape(-1, dim).index_select(0, layout.key_rows) for x in (key_TD, value_TD))
         scores = torch.bmm(query, _seen(key, layout))
         scores.view(heads, blocks, block, -1).add_(layout.bias_MSK)
-        weights = scores.float().softmax(-1).to(query.dtype)
+        weights = _wide(scores).softmax(-1).to(query.dtype)
         kept = _kept(weights, dropout) if dropout else weights
         mixed = torch.bmm(kept, _seen(value, layout).transpose(1, 2)).mul_(1 / (1 - dropout))
         ctx.save_for_backward(query, key, value, weights, kept, mixed)
@@ -238,9 +240,9 @@ class _Band(torch.autograd.Function):
         layout, dim = ctx.layout, query.shape[-1]
         gradient = gradient_TD.new_zeros(mixed.shape).view(-1, dim)
         gradient = gradient.index_copy_(0, layout.mixed_rows, gradient_TD.reshape(-1, dim)).view_as(mixed)
-        expected = (gradient.float() * mixed).sum(-1, keepdim=True)  # = sum over keys of weight times its gradient
+        expected = (_wide(gradient) * mixed).sum(-1, keepdim=True)  # = sum over keys of weight times its gradient
         gradient.mul_(1 / (1 - ctx.dropout))
-        scores = torch.bmm(gradient, _seen(value, layout)).float()
+        scores = _wide(torch.bmm(gradient, _seen(value, layout)))
         if ctx.dropout:
             scores.mul_(kept).addcmul_(weights, expected.to(scores.dtype), value=-1)
         else:
@@ -275,6 +277,11 @@ def _back(left: Tensor, right: Tensor, layout: BandLayout) -> Tensor:
         first_B = copies.new_zeros(len(layout.starts_B), *copies.shape[1:]).index_add_(0, layout.sequence_M, copies)
         packed.view(-1, heads, right.shape[-1]).index_add_(0, layout.starts_B, first_B)
     return packed
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Lift half precisions to fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _kept(weights: Tensor, dropout: float) -> Tensor:
