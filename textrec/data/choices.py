@@ -78,3 +78,15 @@ def closest(value: object, names: Iterable[str]) -> str:
     """Return the end of a sentence that proposes the name closest to a misspelt one, or nothing."""
     found = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def matching(name: str, patterns: Iterable[str]) -> tuple[str | None, str]:
+    """Return the pattern that `name` means, None where there is none, and what stands in place of its {category}."""
+    for pattern in patterns:
+        prefix, placeholder, _ = pattern.partition("{category}")
+        category = name.removeprefix(prefix)
+        if placeholder and name.startswith(prefix) and category[:1].isupper():
+            return pattern, category
+        if pattern == name and not placeholder:
+            return pattern, ""
+    return None, ""

@@ -4,7 +4,6 @@
 attempt goes on from it; a lock keeps two processes from writing it at once.
 """
 
-import errno
 import fcntl
 import http.client
 import os
@@ -18,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from textrec.data.files import replacing
+from textrec.data.choices import matching
+from textrec.data.files import naming_full_disk, replacing
 from textrec.data.storage import sha256_of
 from textrec.paths import raw_data
 from textrec.schema import InputError
@@ -114,16 +114,11 @@ def _fetch_whole(url: str, file: BinaryIO, partial: Path, *, pinned: bool, progr
     for attempt in range(ATTEMPTS):
         before = file.tell()
         try:
-            return _fetch(url, file, partial, pinned=pinned, progress=progress)
+            with naming_full_disk(partial, "download again, it resumes"):
+                return _fetch(url, file, partial, pinned=pinned, progress=progress)
         except (http.client.IncompleteRead, ConnectionError, TimeoutError, _CutError):
             if attempt == ATTEMPTS - 1 or file.tell() == before:
                 raise
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise InputError(
-                f"the disk of {partial} is full: free some space and download again, it resumes"
-            ) from error
 
 
 def _fetch(url: str, file: BinaryIO, partial: Path, *, pinned: bool, progress: Progress | None) -> None:
@@ -216,17 +211,13 @@ def _unpack(archive: Path, members: Mapping[str, Path]) -> None:
 def _entry(name: str) -> tuple[dict, str]:
     """Return the entry that `name` means and the category in it, if any."""
     entries = known_downloads()
-    if name in entries and "{category}" not in name:
-        return entries[name], ""
-    for pattern, entry in entries.items():
-        prefix, placeholder, _ = pattern.partition("{category}")
-        category = name.removeprefix(prefix)
-        if placeholder and name.startswith(prefix) and category[:1].isupper():
-            return entry, category
-    raise InputError(
-        f"no public download of {name!r} is known (known: {', '.join(entries)}): "
-        "put its files by hand where `textrec data prepare` looks for them"
-    )
+    pattern, category = matching(name, entries)
+    if pattern is None:
+        raise InputError(
+            f"no public download of {name!r} is known (known: {', '.join(entries)}): "
+            "put its files by hand where `textrec data prepare` looks for them"
+        )
+    return entries[pattern], category
 
 
 def _filled(value, category: str):

@@ -16,7 +16,7 @@ import numpy as np
 
 from textrec.data import filtering, splitting
 from textrec.data.catalogue import build_catalogue, list_items
-from textrec.data.choices import Choices, closest
+from textrec.data.choices import Choices, closest, matching
 from textrec.data.files import naming_full_disk, remove_partials
 from textrec.data.histories import Histories
 from textrec.data.prepared import PreparedSet
@@ -56,13 +56,12 @@ def known_sets() -> dict[str, SetRecipe]:
 
 def find_recipe(name: str) -> SetRecipe | None:
     """Return the recipe called `name`; `amazon-2018-Video_Games` is `amazon-2018-{category}` of that category."""
-    for pattern, recipe in known_sets().items():
-        prefix, placeholder, _ = pattern.partition("{category}")
-        category = name.removeprefix(prefix)
-        if pattern == name or (placeholder and name.startswith(prefix) and category[:1].isupper()):
-            files = {role: path.replace("{category}", category) for role, path in recipe.files.items()}
-            return replace(recipe, name=name, files=files)
-    return None
+    pattern, category = matching(name, known_sets())
+    if pattern is None:
+        return None
+    recipe = known_sets()[pattern]
+    files = {role: path.replace("{category}", category) for role, path in recipe.files.items()}
+    return replace(recipe, name=name, files=files)
 
 
 def prepare(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import literal
+from textrec.data.sources.frames import LONGEST_LINE, delimited, literal
 from textrec.schema import InputError
 
 HEADERS = ("user", "userid", "user_id", "item", "itemid", "item_id", "newsid", "videoid")
@@ -30,10 +30,7 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
 
 def _lines(path: Path) -> str:
     """Split every line at its first tab and leave out a header."""
-    lines = (
-        f"read_csv({literal(path)}, delim='\\x01', header=false, quote='', escape='', auto_detect=false, "
-        "max_line_size=16000000, columns={'text': 'VARCHAR'})"
-    )
+    lines = delimited(path, ("text",), "\x01", max_line_size=LONGEST_LINE)
     header = ", ".join(map(literal, HEADERS))
     return f"""SELECT line, first, substr(text, length(first) + 2) AS rest FROM (
             SELECT row_number() OVER () AS line, split_part(text, chr(9), 1) AS first, text FROM {lines})

@@ -3,7 +3,7 @@
 import csv
 import gzip
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from textrec.data.sources import Tables
@@ -16,6 +16,7 @@ ALIASES = {
     Column.rating: ("rating",),
 }
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+LONGEST_LINE = 16_000_000  # characters, where a line holds a whole history
 DELIMITERS = {".tsv": "\t", ".txt": "\t", ".csv": ","}
 
 
@@ -44,17 +45,25 @@ def scan(path: Path) -> str:
     """Return the DuckDB table function that reads `path`, chosen by its suffix; every value is text, typed later."""
     suffix = suffix_of(path)
     if suffix in DELIMITERS:
-        quote = '"' if suffix == ".csv" else ""
-        types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in header_names(path))
-        return (  # nothing is detected: detection skips lines that it does not understand
-            f"read_csv({literal(path)}, delim='{DELIMITERS[suffix]}', header=true, auto_detect=false, "
-            f"quote='{quote}', escape='{quote}', columns={{{types}}})"
+        return delimited(
+            path, header_names(path), DELIMITERS[suffix], header=True, quote='"' if suffix == ".csv" else ""
         )
     if suffix in JSON_SUFFIXES:
         return f"read_json({literal(path)}, format='newline_delimited', maximum_depth=1, sample_size=-1)"
     if suffix == ".parquet":
         return f"read_parquet({literal(path)})"
     raise InputError(f"{path} has the suffix {suffix!r}; expected .tsv, .csv, .jsonl or .parquet, optionally with .gz")
+
+
+def delimited(path: Path, names: Iterable[str], delimiter: str, *, quote: str = "", **options) -> str:
+    """Return the scan of a delimited text file with these columns, all of them text, and DuckDB's further `options`.
+
+    Nothing is detected: detection skips lines that it does not understand.
+    """
+    settings = {"header": False, "delim": literal(delimiter), "quote": literal(quote), "escape": literal(quote)}
+    listed = ", ".join(f"{name}={value}" for name, value in (settings | options).items())
+    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in names)
+    return f"read_csv({literal(path)}, auto_detect=false, {listed}, columns={{{columns}}})"
 
 
 def header_names(path: Path) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import literal
+from textrec.data.sources.frames import LONGEST_LINE, delimited
 from textrec.schema import InputError
 
 BEHAVIORS = ("impression", "user", "time", "history", "shown")
@@ -58,8 +58,4 @@ def _scan_news(path: Path) -> str:
 
 
 def _scan(path: Path, names: tuple[str, ...]) -> str:
-    columns = ", ".join(f"'{name}': 'VARCHAR'" for name in names)
-    return (
-        f"read_csv({literal(path)}, delim='\\t', header=false, quote='', escape='', auto_detect=false, "
-        f"max_line_size=16000000, columns={{{columns}}})"
-    )
+    return delimited(path, names, "\t", max_line_size=LONGEST_LINE)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import literal, scan
+from textrec.data.sources.frames import delimited, literal, scan
 
 
 def read_csv(connection, files: Mapping[str, Path]) -> Tables:
@@ -58,8 +58,4 @@ def _movies_dat(path: Path) -> str:
 
 def _plain(path: Path, delimiter: str, names: tuple[str, ...]) -> str:
     """Return the scan of a file without header or quotes, in the encoding of GroupLens files before 2014."""
-    columns = ", ".join(f"'{name}': 'VARCHAR'" for name in names)
-    return (
-        f"read_csv({literal(path)}, delim='{delimiter}', header=false, quote='', escape='', encoding='latin-1', "
-        f"auto_detect=false, columns={{{columns}}})"
-    )
+    return delimited(path, names, delimiter, encoding="'latin-1'")

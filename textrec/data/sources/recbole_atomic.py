@@ -13,7 +13,7 @@ import numpy as np
 from textrec.data.files import replacing
 from textrec.data.prepared import PreparedSet
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import literal, quoted
+from textrec.data.sources.frames import delimited, quoted
 from textrec.schema import Column, InputError
 
 FIELDS = {  # ours: RecBole's usual names
@@ -23,6 +23,7 @@ FIELDS = {  # ours: RecBole's usual names
     Column.rating: ("rating",),
     Column.title: ("title", "movie_title", "name"),
 }
+TAB = "\t"
 TYPES = ("token", "token_seq", "float", "float_seq")
 
 
@@ -39,7 +40,7 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
         if name not in found:
             names = ", ".join(fields)
             raise InputError(f"{path} has no field {wanted[name][0]!r} for the {name}; its fields are {names}")
-    interactions = f"SELECT {_selected(found)} FROM {_scan(path, fields)}"
+    interactions = f"SELECT {_selected(found)} FROM {delimited(path, fields, TAB, header=True)}"
     items = _item_query(files["items"], wanted) if "items" in files else None
     return Tables(interactions=interactions, items=items, first_line=2)
 
@@ -59,7 +60,7 @@ def _item_query(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
     found = _found(fields, {name: wanted[name] for name in (Column.item, Column.title)})
     title = "" if Column.title in found else ", '' AS title"
     others = "".join(f", {quoted(field)}" for field in fields if field not in found.values())
-    return f"SELECT {_selected(found)}{title}{others} FROM {_scan(path, fields)}"
+    return f"SELECT {_selected(found)}{title}{others} FROM {delimited(path, fields, TAB, header=True)}"
 
 
 def write(interactions, items, folder: Path, name: str) -> None:
@@ -116,14 +117,6 @@ def _found(fields: list[str], wanted: Mapping[str, tuple[str, ...]]) -> dict[str
 
 def _selected(found: Mapping[str, str]) -> str:
     return ", ".join(f"{quoted(field)} AS {name}" for name, field in found.items())
-
-
-def _scan(path: Path, fields: list[str]) -> str:
-    columns = ", ".join(f"{literal(field)}: 'VARCHAR'" for field in fields)
-    return (
-        f"read_csv({literal(path)}, delim='\\t', header=true, quote='', escape='', auto_detect=false, "
-        f"columns={{{columns}}})"
-    )
 
 
 def _write(table, path: Path) -> None:
