@@ -1,6 +1,7 @@
 """A prepared set small enough to train on in a second: each user walks a ring of items, so the next item is certain."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from textrec.data.prepared import PreparedSet
 
 @pytest.fixture
 def ring(tmp_path) -> PreparedSet:
+    return write_ring(tmp_path / "ring")
+
+
+def write_ring(folder: Path) -> PreparedSet:
     """40 users, 30 items, histories of 12 to 15 items; after item i comes i + 1 (1 after 30). Leave-one-out."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(12, 16, 40)
     starts = rng.integers(0, 30, 40)
     items = np.concatenate([(start + np.arange(n)) % 30 + 1 for start, n in zip(starts, lengths, strict=True)])
-    folder = tmp_path / "ring"
     folder.mkdir()
     arrays = {
         "items": items.astype(np.int32), "times": np.zeros(len(items), np.int64),

@@ -10,3 +10,7 @@ def test_the_meter_counts_work_and_tokens():
     assert cost["tokens"] == 7
     assert 0 < cost["cpu_s"] and 0 < cost["wall_s"] and 0.01 < cost["peak_rss_gib"] < 100
     assert abs(cost["energy_wh"] - cost["cpu_s"] * CPU_WATTS / 3600) < 1e-3
+
+
+def test_what_other_processes_spent_is_added():
+    assert 100 <= Meter().read(elsewhere_cpu_s=100.0)["cpu_s"] < 160

@@ -1,6 +1,12 @@
 """Two processes train what one trains: same histories, same gradient, same validation value."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -8,7 +14,7 @@ from safetensors.torch import load_file
 from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.launch import fit_in_processes, main
+from textrec.training.launch import fit_in_processes, launch, main, processes
 from textrec.training.module import TrainingConfig
 from textrec.training.trainer import fit
 
@@ -42,3 +48,63 @@ def test_two_processes_equal_one(ring, tmp_path, monkeypatch, loss):
 def test_a_missing_description_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="expected the launch.json of a run"):
         main(tmp_path / "launch.json")
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, 1)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"},
+            (3, 2, 2),
+        ),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (5, 4, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_SIZE": "2", "CROSS_RANK": "0"}, (1, 2, 2)),
+    ],
+    ids=["alone", "torchrun inside slurm", "slurm", "deepspeed"],
+)
+def test_launchers_tell_a_process_its_place(monkeypatch, environment, place):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE", "CROSS_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes() == place
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_error_of_a_process_ends_all_and_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with pytest.raises(RuntimeError, match="^process 1 of 2: ValueError: the cat is out; .*launch.log$"):
+        launch("training.distributed_script:fail", {"message": "the cat is out\nof the bag"}, tmp_path, 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_launched_them(tmp_path):
+    code = "import sys; from textrec.training.launch import launch; " \
+           "launch('training.distributed_script:wait', {'folder': sys.argv[1]}, sys.argv[1], 2)"  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    pids = [tmp_path / "pid0", tmp_path / "pid1"]
+    within(300, lambda: all(path.is_file() and path.read_text() for path in pids))
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    within(60, lambda: not any(is_running(int(path.read_text())) for path in pids))
+
+
+def within(seconds: float, condition) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from textrec.schema import InputError
 from textrec.training import rows
+from textrec.training.cost import CPU_WATTS
 from textrec.training.presets import CONTROLS, PRESETS
 from textrec.training.rows import run_rows
 
@@ -42,6 +44,29 @@ def test_a_finished_row_is_read_back_and_a_changed_one_runs_again(ring, tmp_path
     changed = {"all": SMALL["all"] | {"learning_rate": 0.01}}
     run_rows(["sasrec_ce"], ring, seed=1, run_dir=tmp_path, overrides=changed)
     assert len(calls) == 2
+
+
+def test_a_resumed_row_costs_what_all_its_processes_spent(ring, tmp_path, monkeypatch):
+    from textrec.training import trainer
+
+    def interrupted(self, trainer, module):
+        real_save(self, trainer, module)
+        raise KeyboardInterrupt
+
+    real_save = trainer._SaveLast.on_train_epoch_end
+    monkeypatch.setattr(trainer._SaveLast, "on_train_epoch_end", interrupted)
+    with pytest.raises(BaseException):  # noqa: B017
+        run_rows(["sasrec_ce"], ring, seed=0, run_dir=tmp_path, overrides=SMALL)
+    monkeypatch.undo()
+    path = tmp_path / "rows" / "sasrec_ce" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("RankingMonitor")]
+    assert 0 < state["cpu_s"] < 60 and state["tokens"] > 0
+    state["cpu_s"] = 1000.0  # what the interrupted process would have reported of a longer epoch
+    torch.save(checkpoint, path)
+    cost = run_rows(["sasrec_ce"], ring, seed=0, run_dir=tmp_path, overrides=SMALL)[0].cost
+    assert 1000 < cost["cpu_s"] < 1060
+    assert cost["energy_wh"] == pytest.approx(cost["cpu_s"] * CPU_WATTS / 3600, abs=1e-2)
 
 
 def test_a_row_that_breaks_is_a_row_and_is_tried_again(ring, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_the_checkpoint_of_another_run_is_refused(ring, tmp_path):
 
 
 def test_a_killed_run_equals_the_uninterrupted_one(ring, tmp_path, monkeypatch):
-    from textrec.training import trainer as module
+    from textrec.training import strategies as module
 
     whole = train(ring, tmp_path / "whole")
     saves, real_save = [], module.AtomicCheckpoints.save_checkpoint

@@ -17,13 +17,17 @@ from textrec.seeding import generator
 
 
 class GlobalBatches(Sampler[tuple[int, int, np.ndarray]]):
-    """Yields `(epoch, step, rows)`: this process's rows of each global batch, reshuffled every epoch."""
+    """Yields `(epoch, step, rows)`: this process's rows of each global batch, reshuffled every epoch.
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        if batch_size < world_size:
-            raise ValueError(f"batch_size={batch_size} histories cannot be shared by {world_size} processes")
+    Each process has at least `parts` rows of every batch, to compute its gradient in so many parts.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, parts: int = 1):
+        if batch_size < world_size * parts:
+            in_parts = f" in {parts} parts each" if parts > 1 else ""
+            raise ValueError(f"batch_size={batch_size} histories cannot be shared by {world_size} processes{in_parts}")
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rank, self.world_size, self.parts, self.epoch = rank, world_size, parts, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation; Lightning calls this at the start of every epoch, a resumed one included."""
@@ -31,7 +35,7 @@ class GlobalBatches(Sampler[tuple[int, int, np.ndarray]]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_rows, self.batch_size)
-        return full + (rest >= self.world_size)
+        return full + (rest >= self.world_size * self.parts)
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
         order = generator(self.seed, "shuffle", self.epoch).permutation(self.num_rows)
@@ -84,9 +88,28 @@ class MaskedItems:
         )  # fmt: skip
 
 
+class InParts:
+    """A loader whose batches come in `parts` of their rows, each with the number of targets of the whole batch."""
+
+    def __init__(self, loader: DataLoader, parts: int):
+        self.loader, self.parts, self.sampler = loader, parts, loader.sampler  # Lightning tells the sampler the epoch
+
+    def __len__(self) -> int:
+        return len(self.loader) * self.parts
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.loader:
+            rows_of = {name: value for name, value in batch.items() if hasattr(value, "shape")}
+            told = {"targets_in_step": int((batch["targets"] != PADDING_ID).sum())}
+            for part in range(self.parts):
+                rows = {name: value[part :: self.parts] for name, value in rows_of.items()}
+                yield batch | rows | told | {"part": part}
+
+
 def training_loader(
-    dataset: HistoryBatches, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+    dataset: HistoryBatches, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, parts: int = 1
+) -> DataLoader | InParts:
     """Return a loader of ready batches; gathering is vectorised, so it needs no worker processes."""
-    batches = GlobalBatches(len(dataset), batch_size, seed, rank, world_size)
-    return DataLoader(dataset, batch_size=None, sampler=batches)
+    batches = GlobalBatches(len(dataset), batch_size, seed, rank, world_size, parts)
+    loader = DataLoader(dataset, batch_size=None, sampler=batches)
+    return loader if parts == 1 else InParts(loader, parts)

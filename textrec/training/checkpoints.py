@@ -27,6 +27,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file that is whole or absent, whenever the process is killed."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
     """Raise `InputError` naming both sides where a checkpoint belongs to other data, another model or setting."""
     for key in expected:

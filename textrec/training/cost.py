@@ -13,11 +13,11 @@ class Meter:
     def __init__(self):
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def read(self, tokens: int = 0) -> dict[str, float]:
-        """Return the cost keys of a record row."""
+    def read(self, tokens: int = 0, elsewhere_cpu_s: float = 0.0) -> dict[str, float]:
+        """Return the cost keys of a record row; other processes than this one spent `elsewhere_cpu_s` on it."""
         import torch
 
-        cpu_s = time.process_time() - self.cpu
+        cpu_s = time.process_time() - self.cpu + elsewhere_cpu_s
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         return {

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import lightning
 import torch
 from torch import Tensor
 
 from textrec.schema import PADDING_ID
 from textrec.seeding import derive_seed
 from textrec.training import losses
+from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule
 
 LOSSES = ("full_softmax", "sampled_softmax", "gbce")
 
@@ -38,26 +38,27 @@ class TrainingConfig:
     patience: int = 10  # validations without a better ndcg@10 before training stops
     validate_every: int = 1  # epochs
     validation_users: int | None = None  # a seeded sample for the validation curve; None: all
-    precision: str = "auto"  # auto: 32-true on CPU, bf16-mixed on CUDA
-    strategy: str = "auto"  # auto | ddp
+    precision: str = "auto"  # auto: 32 on CPU, bf16-mixed on CUDA | 32 | bf16-mixed | 16-mixed
+    strategy: str = "auto"  # auto | ddp | fsdp | deepspeed_stage_1, _2, _3, each also with _offload
+    accumulate: int = 1  # parts in which each process computes the gradient of its share of the batch
     compile: bool = False
 
     def __post_init__(self):
         allowed = {
             "objective": ("next_item", "masked_item"), "loss": LOSSES, "negatives": ("uniform", "in_batch"),
-            "schedule": ("constant", "cosine"),
+            "schedule": ("constant", "cosine"), "precision": PRECISIONS, "strategy": STRATEGIES,
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {values}")
         if self.negatives == "in_batch" and (self.loss != "sampled_softmax" or not self.share_negatives):
             raise ValueError("negatives='in_batch' needs loss='sampled_softmax' and share_negatives=True")
-        for name in ("batch_size", "max_epochs", "patience", "validate_every", "num_negatives"):
+        for name in ("batch_size", "accumulate", "max_epochs", "patience", "validate_every", "num_negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
 
 
-class SequenceModule(lightning.LightningModule):
+class SequenceModule(DistributedModule):
     """Trains any `SequenceModel`. Randomness is a function of (seed, epoch, step, rank), so a resumed run repeats it.
 
     `item_counts_I` (num_items + 1,) are training counts, needed by in-batch negatives alone.
@@ -80,7 +81,8 @@ class SequenceModule(lightning.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the loss whose gradient, averaged over processes, is that of the mean over all their positions."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.current_epoch, batch["step"], self.global_rank))
+        step, part = batch["step"], batch.get("part", 0)
+        torch.manual_seed(self._derived("dropout", step, self.global_rank, part))
         items_BL, targets_BL = batch["items"], batch["targets"]
         hidden_TD = self.model(items_BL)
         targets_T = targets_BL[items_BL != PADDING_ID]
@@ -88,31 +90,29 @@ class SequenceModule(lightning.LightningModule):
         if self.training_config.objective == "masked_item":
             hidden_TD, targets_T = hidden_TD[chosen_T], targets_T[chosen_T]
         self.tokens += len(chosen_T)
-        total = self._loss(hidden_TD, targets_T, items_BL, batch["step"])
-        count = torch.tensor(float(len(targets_T)), device=total.device)
-        world_size = self.trainer.world_size
-        if world_size > 1:
-            torch.distributed.all_reduce(count)
-        self.sums += torch.stack([total.detach(), count.new_tensor(float(len(targets_T)))]).double().cpu()
-        return total * (world_size / count.clamp_min(1.0))
+        total = self._loss(hidden_TD.float(), targets_T, items_BL, step, part)
+        self.sums += torch.tensor([float(total.detach()), len(targets_T)], dtype=torch.float64)
+        return self.mean_over_step(total, batch.get("targets_in_step", len(targets_T)))
 
-    def _generator(self, purpose: str, step: int, rank: int, device: torch.device) -> torch.Generator:
-        return torch.Generator(device).manual_seed(derive_seed(self.seed, purpose, self.current_epoch, step, rank))
+    def _derived(self, purpose: str, step: int, rank: int, part: int) -> int:
+        return derive_seed(self.seed, purpose, self.current_epoch, step, rank, *([part] if part else []))
 
-    def _loss(self, hidden_TD: Tensor, targets_T: Tensor, items_BL: Tensor, step: int) -> Tensor:
-        config, items_ID = self.training_config, self.model.item_vectors()
+    def _loss(self, hidden_TD: Tensor, targets_T: Tensor, items_BL: Tensor, step: int, part: int) -> Tensor:
+        config, items_ID = self.training_config, self.model.item_vectors().float()
         if config.loss == "full_softmax":
             return losses.full_softmax(hidden_TD, items_ID, targets_T)
-        negatives = self._negatives(targets_T, items_BL, len(items_ID) - 1, step)
+        negatives = self._negatives(targets_T, items_BL, len(items_ID) - 1, step, part)
         if config.loss == "gbce":
             return losses.gbce(hidden_TD, items_ID, targets_T, negatives, config.calibration)
         return losses.sampled_softmax(hidden_TD, items_ID, targets_T, negatives, self.log_probability_I)
 
-    def _negatives(self, targets_T: Tensor, items_BL: Tensor, num_items: int, step: int) -> Tensor:
+    def _negatives(self, targets_T: Tensor, items_BL: Tensor, num_items: int, step: int, part: int = 0) -> Tensor:
         config, device = self.training_config, targets_T.device
         shared = config.share_negatives and config.loss != "gbce"
-        rank = 0 if shared and config.negatives == "uniform" else self.global_rank  # shared draws agree on all ranks
-        source = self._generator("negatives", step, rank, device)
+        rank = self.global_rank
+        if shared and config.negatives == "uniform":
+            rank = part = 0  # shared draws agree on all ranks and in all parts
+        source = torch.Generator(device).manual_seed(self._derived("negatives", step, rank, part))
         shape = (config.num_negatives,) if shared else (len(targets_T), config.num_negatives)
         if config.negatives == "in_batch":
             return targets_T[torch.randint(len(targets_T), shape, generator=source, device=device)]
@@ -134,6 +134,7 @@ class SequenceModule(lightning.LightningModule):
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
         ]
+        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
         if config.schedule == "constant" and not config.warmup_steps:
             return optimizer

@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ LOGGER = logging.getLogger(__name__)
 _SHARED_CODE = ("data/histories.py", "evaluation/ranking.py", "seeding.py")
 _CONTROL_CODE = ("evaluation/controls.py", "training/controls.py")
 _MODEL_CODE = ("models/sequence_model.py",) + tuple(
-    f"training/{name}.py" for name in ("batches", "losses", "module", "trainer")
+    f"training/{name}.py" for name in ("batches", "losses", "module", "strategies", "trainer")
 )
 
 
@@ -122,10 +123,11 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
         if config is None:
             from textrec.training.controls import evaluate_control
 
-            ranks, curve, tokens = evaluate_control(preset.model, prepared, seed), [], 0
+            ranks, curve, spent = evaluate_control(preset.model, prepared, seed), [], (0, 0.0)
         else:
-            ranks, curve, tokens = _train_and_evaluate(preset.model, config, training, prepared, seed, folder, device,
-                                                       devices, progress)  # fmt: skip
+            ranks, fitted = _train_and_evaluate(preset.model, config, training, prepared, seed, folder, device,
+                                                devices, progress)  # fmt: skip
+            curve, spent = fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
     except InputError:
         raise
     except Exception as error:  # a broken row is a row of the table; the traceback goes to the log
@@ -133,7 +135,7 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
         status = "out_of_memory" if isinstance(error, MemoryError) or "out of memory" in str(error) else "failed"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return RowResult(row, preset.changed, parameters, status, reason, None, [], meter.read(), commit)
-    cost = meter.read(tokens)
+    cost = meter.read(*spent)
     if curve:  # epochs of an interrupted run count, too
         cost["wall_s"] = round(max(cost["wall_s"], sum(entry["seconds"] for entry in curve)), 2)
     result = {"row": row, "changed": preset.changed, "parameters": parameters, "status": "ok", "reason": None,
@@ -159,7 +161,7 @@ def _train_and_evaluate(model_name, config, training, prepared, seed, folder, de
         fitted = fit(model, prepared, training, seed=seed, folder=folder, device=device, progress=progress)
     from textrec.training.trainer import evaluate
 
-    return evaluate(fitted.model, prepared, "test"), fitted.curve, fitted.tokens
+    return evaluate(fitted.model, prepared, "test"), fitted
 
 
 def model_class(name: str) -> type:
@@ -185,7 +187,7 @@ def _forget_other_runs(folder: Path, key: dict) -> None:
     marker = folder / "started.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != key:
         for stale in (folder / "last.ckpt", folder / "row.json"):
-            stale.unlink(missing_ok=True)
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     partial = folder / f"started.json.partial-{os.getpid()}"
     partial.write_text(json.dumps(key, indent=1), encoding="utf-8")
     os.replace(partial, marker)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -18,8 +17,9 @@ from textrec.evaluation.metrics import per_user_metrics
 from textrec.evaluation.ranking import Ranks, VectorScorer, rank_targets
 from textrec.seeding import generator
 from textrec.training.batches import HistoryBatches, MaskedItems, next_item_targets, training_loader
-from textrec.training.checkpoints import AtomicCheckpoints, check_identity
+from textrec.training.checkpoints import check_identity
 from textrec.training.module import SequenceModule, TrainingConfig
+from textrec.training.strategies import trainer_for
 
 LOGGER = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class RankingMonitor(Callback):
     """After an epoch: full-ranking validation, the best model to disk, a checkpoint, and the decision to stop.
 
     `curve` holds {"epoch", "train_loss", "ndcg@10", "seconds"} per epoch and travels in the checkpoint, as do the best
-    value and the epochs since; a run killed anywhere replays at most one epoch, with the same numbers.
+    value, the epochs since, and the positions read and processor seconds spent by all processes; a run killed anywhere
+    replays at most one epoch, with the same numbers. Every user is ranked by one process.
     """
 
     def __init__(
@@ -68,41 +69,48 @@ class RankingMonitor(Callback):
             users = np.sort(generator(seed, "validation users").choice(users, training.validation_users, replace=False))
         self.users = users
         self.curve: list[dict[str, float]] = []
-        self.best, self.since_best, self.tokens, self.started = -1.0, 0, 0, 0.0
+        self.best, self.since_best, self.tokens, self.cpu_s = -1.0, 0, 0, 0.0
+        self.started, self.cpu_started, self.earlier_cpu_s = 0.0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": self.curve, "best": self.best, "since_best": self.since_best, "tokens": self.tokens,
-                "identity": self.identity}  # fmt: skip
+                "cpu_s": self.cpu_s, "identity": self.identity}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_identity(state.pop("identity"), self.identity, self.folder / "last.ckpt")
         vars(self).update(state)
+        self.earlier_cpu_s = self.cpu_s
 
     def on_train_start(self, trainer, module) -> None:
         trainer.should_stop = self.since_best >= self.training.patience  # resumed behind its own end
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         module.start_counting()
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch = trainer.current_epoch
-        entry = {"epoch": epoch, "train_loss": _mean_over_processes(trainer, module.sums)}
+        loss, num_targets = _sum_over_processes(trainer, *module.sums.tolist())
+        entry = {"epoch": epoch, "train_loss": loss / num_targets}
         last_epoch = epoch + 1 >= self.training.max_epochs
-        if len(self.users) and ((epoch + 1) % self.training.validate_every == 0 or last_epoch):
-            entry["ndcg@10"] = self._validate(trainer, module.model)
-            improved = entry["ndcg@10"] > self.best
-            self.best, self.since_best = (entry["ndcg@10"], 0) if improved else (self.best, self.since_best + 1)
-        else:
-            improved = not len(self.users) and last_epoch  # nothing to select by: the last epoch's model
-        if improved and trainer.is_global_zero:
-            module.model.save_pretrained(self.folder / "model")
+        validates = len(self.users) and ((epoch + 1) % self.training.validate_every == 0 or last_epoch)
+        improved = not len(self.users) and last_epoch  # nothing to select by: the last epoch's model
+        if validates or improved:
+            with module.whole_model() as model:
+                if validates:
+                    entry["ndcg@10"] = self._validate(trainer, model)
+                    improved = entry["ndcg@10"] > self.best
+                    self.best, self.since_best = (entry["ndcg@10"], 0) if improved else (self.best, self.since_best + 1)
+                if improved and trainer.is_global_zero:
+                    model.save_pretrained(self.folder / "model")
         entry["seconds"] = time.perf_counter() - self.started
-        self.tokens += module.tokens
+        tokens, cpu_s = _sum_over_processes(trainer, module.tokens, time.process_time() - self.cpu_started)
+        self.tokens, self.cpu_s = self.tokens + int(tokens), self.cpu_s + cpu_s
         self.curve.append(entry)
         for logger in trainer.loggers:
             logger.log_metrics({name: value for name, value in entry.items() if name != "epoch"}, step=epoch)
-        LOGGER.info("%s: %s", self.folder.name, ", ".join(f"{k} {v:.4g}" for k, v in entry.items()))
+        if trainer.is_global_zero:
+            LOGGER.info("%s: %s", self.folder.name, ", ".join(f"{k} {v:.4g}" for k, v in entry.items()))
         if self.since_best >= self.training.patience:
             trainer.should_stop = True
 
@@ -112,14 +120,16 @@ class RankingMonitor(Callback):
     def _validate(self, trainer, model) -> float:
         ranks = evaluate(model, self.prepared, "validation", self.users[trainer.global_rank :: trainer.world_size])
         gains_U = per_user_metrics(ranks.filtered, ks=(10,))["ndcg@10"]
-        return _mean_over_processes(trainer, torch.tensor([gains_U.sum(), len(gains_U)], dtype=torch.float64))
+        total, num_users = _sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
+        return total / num_users
 
 
-def _mean_over_processes(trainer, sum_and_count: torch.Tensor) -> float:
-    if trainer.world_size > 1:
-        sum_and_count = sum_and_count.to(trainer.strategy.root_device)
-        torch.distributed.all_reduce(sum_and_count)
-    return float(sum_and_count[0] / sum_and_count[1])
+def _sum_over_processes(trainer, *values: float) -> list[float]:
+    if trainer.world_size == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
 
 
 class _SaveLast(Callback):
@@ -134,16 +144,18 @@ class _SaveLast(Callback):
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished training: the model of the best validation epoch, the curve, and real positions read."""
+    """A finished training: the model of the best validation epoch, the curve, and what all processes read and spent."""
 
     model: Any
     curve: list[dict[str, float]]
-    tokens: int
+    tokens: int  # real positions
+    cpu_s: float  # processor seconds of all epochs, those before a resumption included
+    here_cpu_s: float = 0.0  # the part of them that this very process spent
 
 
 def fit(
     model, prepared: PreparedSet, training: TrainingConfig, *, seed: int, folder: Path, device: str = "cpu",
-    progress: bool = False, devices: int = 1,
+    progress: bool = False, devices: int = 1, num_nodes: int = 1,
 ) -> Fit:  # fmt: skip
     """Train `model`, resuming from `folder/last.ckpt` where it exists; the caller has seeded and built the model.
 
@@ -158,20 +170,17 @@ def fit(
         module.model.compile(dynamic=True)
     last = folder / "last.ckpt"
     with _quiet():
-        trainer = lightning.Trainer(
-            accelerator="gpu" if device == "cuda" else device, devices=devices,
-            strategy=_strategy(training, device, devices), precision=_precision(training, device),
-            max_epochs=training.max_epochs, gradient_clip_val=training.gradient_clip,
-            callbacks=[monitor, _SaveLast(last)], plugins=[AtomicCheckpoints()], use_distributed_sampler=False,
-            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
-            logger=_loggers(folder), default_root_dir=folder, log_every_n_steps=1,
+        trainer = trainer_for(
+            training, device, devices, [monitor, _SaveLast(last)], folder, num_nodes=num_nodes,
+            enable_progress_bar=progress, logger=_loggers(folder), log_every_n_steps=1,
         )  # fmt: skip
         rank, world_size = trainer.global_rank, trainer.world_size
         batches = _batches(model, prepared, training, seed, rank)
-        loader = training_loader(batches, training.batch_size, seed, rank, world_size)
-        trainer.fit(module, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+        loader = training_loader(batches, training.batch_size, seed, rank, world_size, training.accumulate)
+        resumes = last.is_file() or (last / "latest").is_file()  # a folder without it was killed in its first save
+        trainer.fit(module, loader, ckpt_path=str(last) if resumes else None, weights_only=True)
     best = type(model).from_pretrained(folder / "model").to(module.device if device == "cuda" else "cpu")
-    return Fit(best, monitor.curve, monitor.tokens)
+    return Fit(best, monitor.curve, monitor.tokens, monitor.cpu_s, monitor.cpu_s - monitor.earlier_cpu_s)
 
 
 def _training_counts(prepared: PreparedSet) -> np.ndarray:
@@ -190,20 +199,6 @@ def _batches(model, prepared: PreparedSet, training: TrainingConfig, seed: int, 
     return HistoryBatches(prepared.histories, prepared.split.train_end_U, window, make)
 
 
-def _precision(training: TrainingConfig, device: str) -> str:
-    if training.precision != "auto":
-        return training.precision
-    return "bf16-mixed" if device == "cuda" else "32-true"
-
-
-def _strategy(training: TrainingConfig, device: str, devices: int):
-    if devices == 1 and training.strategy == "auto":
-        return "auto"
-    from lightning.pytorch.strategies import DDPStrategy
-
-    return DDPStrategy(process_group_backend="nccl" if device == "cuda" else "gloo")
-
-
 def _loggers(folder: Path) -> list:
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -217,7 +212,8 @@ def _quiet():
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*Experiment logs directory.*", ".*isinstance.treespec.*"):
-            warnings.filterwarnings("ignore", message)
+        for message in ("does not have many workers", "Experiment logs directory", "isinstance.treespec",
+                        "`torch.distributed.* is deprecated"):  # fmt: skip
+            warnings.filterwarnings("ignore", f".*{message}.*")
         yield
     logger.setLevel(level)

@@ -1,0 +1,268 @@
+"""Every strategy trains what one process trains, keeps it, and goes on with another number of processes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from training.distributed_script import CONFIG, TRAINING, train
+
+from textrec.models.sasrec import SASRec
+from textrec.schema import InputError
+from textrec.training import strategies
+from textrec.training.batches import HistoryBatches, InParts, next_item_targets, training_loader
+from textrec.training.consolidation import consolidate
+from textrec.training.launch import describe, launch
+from textrec.training.module import TrainingConfig
+from textrec.training.trainer import fit
+
+TESTS = Path(__file__).parents[1]
+SHARED = ["ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+OFFLOADED = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
+TARGET = "training.distributed_script:train"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"strategy": "deepspeed_stage_4"}, "strategy='deepspeed_stage_4': expected one of"),
+        ({"precision": "64"}, "precision='64': expected one of"),
+        ({"accumulate": 0}, "accumulate=0: expected at least 1"),
+    ],
+)
+def test_settings_are_checked(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TrainingConfig(**settings)
+
+
+def test_half_precision_is_for_cuda():
+    with pytest.raises(InputError, match="precision='16-mixed' needs CUDA"):
+        strategies.precision_of(TrainingConfig(precision="16-mixed"), "cpu")
+    assert strategies.precision_of(TrainingConfig(), "cpu") == "32-true"
+    assert strategies.precision_of(TrainingConfig(), "cuda") == "bf16-mixed"
+
+
+def test_an_absent_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match=r"needs the package deepspeed.*textrec\[deepspeed\]"):
+        strategies.trainer_for(TrainingConfig(strategy="deepspeed_stage_2"), "cpu", 1, [], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in strategies.STRATEGIES if name.startswith("deepspeed")])
+def test_the_configuration_is_one_that_the_installed_deepspeed_knows(name):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    written = strategies.zero_config(name, "cpu", 8) | {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    read = DeepSpeedConfig(written)
+    assert read.zero_config.stage == int(name[16]) and read.gradient_clipping == 0.5
+    assert (read.zero_config.offload_optimizer is not None) == name.endswith("_offload")
+    assert (read.zero_config.offload_param is not None) == (name == "deepspeed_stage_3_offload")
+    assert read.zero_allow_untested_optimizer and not read.zero_force_ds_cpu_optimizer
+    written["zero_optimization"]["overlap_com"] = True
+    with pytest.raises(ValueError, match="overlap_com"):
+        DeepSpeedConfig(written)
+
+
+def test_a_batch_in_parts_is_that_batch(ring):
+    dataset = HistoryBatches(ring.histories, ring.split.train_end_U, 8, next_item_targets)
+    whole = list(training_loader(dataset, 16, seed=0))
+    parts = training_loader(dataset, 16, seed=0, parts=3)
+    assert isinstance(parts, InParts) and len(parts) == 3 * len(whole) == len(list(parts))
+    for batch, three in zip(whole, zip(*[iter(parts)] * 3, strict=True), strict=True):
+        assert {part["targets_in_step"] for part in three} == {int((batch["targets"] > 0).sum())}
+        rows = sorted(map(tuple, torch.cat([part["items"] for part in three]).tolist()))
+        assert rows == sorted(map(tuple, batch["items"].tolist()))
+
+
+def test_accumulation_is_exact_and_a_mean_of_means_is_not(ring, tmp_path, monkeypatch):
+    """Histories of unequal length, so that the parts of a batch hold unequal numbers of positions."""
+    uneven = replace(ring, split=replace(ring.split, train_end_U=ring.split.train_end_U - torch.arange(40).numpy() % 8))
+
+    def weights(name: str, **settings):
+        torch.manual_seed(0)
+        training = replace(TRAINING, learning_rate=1e-2, **settings)
+        fit(SASRec(CONFIG), uneven, training, seed=0, folder=tmp_path / name)
+        return consolidate(tmp_path / name / "last.ckpt")
+
+    whole, parts = weights("whole"), weights("parts", accumulate=4)
+    assert apart(whole, parts) < 1e-5
+
+    plain = InParts.__iter__
+    mean_of_means = lambda self: ({k: v for k, v in b.items() if k != "targets_in_step"} for b in plain(self))  # noqa: E731
+    monkeypatch.setattr(InParts, "__iter__", mean_of_means)
+    monkeypatch.setattr(
+        strategies.DistributedModule, "mean_over_step", lambda self, total, count: total / max(count, 1)
+    )
+    assert apart(whole, weights("mutant", accumulate=4)) > 1e-4
+
+
+def apart(one: dict, two: dict) -> float:
+    """Return the largest difference, but for key biases: their true gradient is zero, Adam steps along the noise."""
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one if not name.endswith("key.bias"))
+
+
+@dataclass
+class Runs:
+    """Three epochs by one process; by two, in every strategy; and by one and two again from what the others kept."""
+
+    single: dict
+    curve: list
+    folder: Path
+    told: dict
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    from training.conftest import write_ring
+
+    return write_ring(tmp_path_factory.mktemp("data") / "ring").folder
+
+
+@pytest.fixture(scope="module")
+def runs(prepared, tmp_path_factory) -> Runs:
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("runs")
+    curve = train(str(prepared), str(folder / "single"), ["auto"])["curves"]["auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(TESTS))
+        told = {}
+        two = {"prepared": str(prepared), "folder": str(folder / "two"), "names": SHARED + OFFLOADED, "keep": 0}
+        told["two"] = launch(TARGET, two | {"accumulate": 2}, folder / "two", 2)
+        hand_over(folder / "two", folder / "one", SHARED)
+        one = {"prepared": str(prepared), "folder": str(folder / "one"), "names": SHARED, "keep": 1}
+        told["one"] = launch(TARGET, one | {"accumulate": 2}, folder / "one", 1)
+    return Runs(consolidate(folder / "single" / "auto" / "last.ckpt"), curve, folder, told)
+
+
+def hand_over(source: Path, target: Path, names: list[str]) -> None:
+    """Let runs in `target` begin with the checkpoints kept in `source`."""
+    for name in names:
+        kept, last = source / name / "kept.ckpt", target / name / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        shutil.copytree(kept, last) if kept.is_dir() else shutil.copy(kept, last)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED + OFFLOADED)
+def test_two_processes_equal_one(runs, name):
+    assert apart(runs.single, consolidate(runs.folder / "two" / name / "last.ckpt")) < 1e-5
+    for one, two in zip(runs.curve, runs.told["two"]["curves"][name], strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
+        assert two["ndcg@10"] == pytest.approx(one["ndcg@10"], abs=1e-9)  # every user once
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_one_process_goes_on_where_two_stopped(runs, name):
+    assert apart(runs.single, consolidate(runs.folder / "one" / name / "last.ckpt")) < 1e-5
+    curve = runs.told["one"]["curves"][name]
+    assert [entry["epoch"] for entry in curve] == [0, 1, 2]
+    assert curve[0] == runs.told["two"]["curves"][name][0]  # of the two processes: carried along, not trained again
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_best_model_is_whole(runs):
+    for name in SHARED + OFFLOADED:
+        model = SASRec.from_pretrained(runs.folder / "two" / name / "model")
+        assert model.item_table.weight.shape == (31, 15)
+        best = max(runs.curve, key=lambda entry: entry["ndcg@10"])["epoch"]
+        if best == 2:
+            assert apart(model.state_dict(), consolidate(runs.folder / "two" / name / "last.ckpt")) < 1e-6
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_process_zero_alone_writes(runs):
+    log = (runs.folder / "two" / "launch.log").read_text()
+    assert runs.told["two"]["world_size"] == 2
+    for name in SHARED + OFFLOADED:
+        row = runs.folder / "two" / name
+        assert len((row / "logs" / "metrics.csv").read_text().splitlines()) == 4, log[-2000:]  # a header, three epochs
+        assert len(list((row / "logs").glob("events*"))) == 1
+        assert not list(row.rglob("*.partial-*"))
+    assert runs.told["two"]["tokens"] == 3 * 40 * 8  # both processes' positions
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_written_configuration_is_what_ran(runs):
+    written = json.loads((runs.folder / "two" / "deepspeed_stage_2" / "deepspeed.json").read_text())
+    assert written["zero_optimization"]["stage"] == 2
+    assert written["train_micro_batch_size_per_gpu"] == 4  # 16 histories over 2 processes in 2 parts
+    assert written["gradient_accumulation_steps"] == 2 and written["gradient_clipping"] == 0.5
+
+
+def free_port() -> str:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return str(asked.getsockname()[1])
+
+
+def run_together(commands: list[list[str]], environments: list[dict]) -> None:
+    """Start one command per machine, all of them this one, and wait for all."""
+    base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    started = [
+        subprocess.Popen(command, env=base | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command, extra in zip(commands, environments, strict=True)
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_machines_under_torchrun_go_on_where_one_process_stopped(runs, prepared):
+    folder, names = runs.folder / "machines", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"]
+    hand_over(runs.folder / "one", folder, names)
+    arguments = {"prepared": str(prepared), "folder": str(folder), "names": names, "accumulate": 2}
+    spec = describe(TARGET, arguments, folder)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{free_port()}", "-m", "textrec.training.launch", str(spec)]  # fmt: skip
+    run_together([start, start], [{}, {}])
+    told = json.loads((folder / "result.json").read_text())
+    assert told["world_size"] == 2
+    for name in names:
+        assert [entry["epoch"] for entry in told["curves"][name]] == [0, 1, 2]
+        assert apart(runs.single, consolidate(folder / name / "last.ckpt")) < 1e-5, name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_tasks_of_slurm_find_each_other(runs, prepared):
+    folder = runs.folder / "slurm"
+    spec = describe(TARGET, {"prepared": str(prepared), "folder": str(folder), "names": ["ddp"]}, folder)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
+           "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": free_port()}  # fmt: skip
+    start = [sys.executable, "-m", "textrec.training.launch", str(spec)]
+    tasks = [job | {"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": "0"} for rank in ("0", "1")]
+    run_together([start, start], tasks)
+    assert json.loads((folder / "result.json").read_text())["world_size"] == 2
+    assert apart(runs.single, consolidate(folder / "ddp" / "last.ckpt")) < 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_hostfile_of_deepspeeds_launcher(runs, prepared):
+    folder = runs.folder / "hostfile"
+    arguments = {"prepared": str(prepared), "folder": str(folder), "names": ["deepspeed_stage_2"]}
+    spec = describe(TARGET, arguments, folder)
+    (folder / "hosts").write_text("localhost slots=2\n")
+    deepspeed = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+    start = [*deepspeed, "--hostfile", str(folder / "hosts"), "--master_port", free_port(), "--module",
+             "textrec.training.launch", str(spec)]  # fmt: skip
+    run_together([start], [{"DS_ACCELERATOR": "cpu"}])
+    assert json.loads((folder / "result.json").read_text())["world_size"] == 2
+    assert apart(runs.single, consolidate(folder / "deepspeed_stage_2" / "last.ckpt")) < 1e-5
