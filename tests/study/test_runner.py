@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,10 @@ dataset: str = "toy"  # data
 seed: int = 0  # seed
 device: str = "cpu"  # device
 run_dir: str = "papermill_runs/smoke/01/seed0"  # where
-mood: str = "good"  # good | bad | memory | silent | dead
+mood: str = "good"  # good | bad | memory | silent | dead | full
 """
 BODY = """
-import os, time
+import logging, os, time
 from pathlib import Path
 from types import SimpleNamespace
 from textrec.study.records import Run, exact, write_record
@@ -35,6 +36,8 @@ with (run.folder / "starts.txt").open("a") as file:
     file.write("started\\n")
 toy = SimpleNamespace(name=dataset, fingerprint="f1", details={"choices": dict.fromkeys(
     ("split", "validation", "time_tie_rule"), "given")})
+logging.getLogger("textrec.training").info("sasrec_ce: epoch 0, train_loss 3.5, ndcg@10 0.1, seconds 2")
+if mood == "full": Path("/dev/full").write_text("a model")
 if mood == "bad": raise ValueError("the loss is not finite")
 if mood == "memory": raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 if mood == "dead": os._exit(1)
@@ -60,6 +63,7 @@ def study(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     for module in (records, runner):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runner, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(parameters, "PARAMETERS", tmp_path / "parameters")
     monkeypatch.setattr(runner, "prepare", lambda name: toy_set(name, fingerprints))
     monkeypatch.setattr(runner, "code_hash", lambda files: fingerprints.get("code", "same"))
@@ -133,6 +137,41 @@ def test_a_failure_is_a_record_with_its_reason_and_runs_again(study, mood, statu
 def test_the_record_of_an_earlier_run_does_not_vouch_for_a_later_one(study):
     assert runner.run_notebook("01").status == "ok"
     assert runner.run_notebook("01", overrides={"mood": "silent"}).status == "failed"
+
+
+def test_cells_and_training_lines_are_told_and_the_notebook_holds_none_of_them(study):
+    path = study.root / "notebooks" / "01_toy.ipynb"
+    notebook = json.loads(path.read_text())
+    heading = {"cell_type": "markdown", "id": "heading", "metadata": {}, "source": "Before.\n\n## Run\n\nIt runs."}
+    path.write_text(json.dumps(notebook | {"cells": [notebook["cells"][0], heading, notebook["cells"][1]]}))
+    said = []
+    assert runner.run_notebook("01", progress=said.append).status == "ok"
+    assert [line for line in said if ": cell" in line] == [
+        "01 seed 0: cell 1 of 3", "01 seed 0: cell 2 of 3", "01 seed 0: cell 3 of 3, Run",
+    ]  # fmt: skip
+    (line,) = (line for line in said if "epoch" in line)
+    assert re.fullmatch(r"01 seed 0: \d\d:\d\d:\d\d sasrec_ce: epoch 0, train_loss 3.5, ndcg@10 0.1, seconds 2", line)
+    executed = json.loads((study.run_dir / "executed.ipynb").read_text())
+    outputs = [cell["outputs"] for cell in executed["cells"] if cell["cell_type"] == "code"]
+    assert outputs == [[], [], []]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("where", ["notebook", "record"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(study, monkeypatch, where):
+    complete = runner._final_record
+
+    def complete_on_a_full_disk(*told):
+        (study.run_dir / f"record.json.partial-{os.getpid()}").symlink_to("/dev/full")
+        return complete(*told)
+
+    said = r"the disk of .*seed0 is full: free some space and run 01 again; its finished rows are kept$"
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=said):
+        if where == "record":
+            patched.setattr(runner, "_final_record", complete_on_a_full_disk)
+        runner.run_notebook("01", overrides={"mood": "full" if where == "notebook" else "good"})
+    assert not list(study.run_dir.glob("*partial*"))
+    assert runner.run_notebook("01").status == "ok"
 
 
 @pytest.mark.parametrize(
