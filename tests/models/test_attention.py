@@ -64,6 +64,7 @@ def test_states_and_gradients_equal_the_librarys(window, lengths, path):
     assert worst(measured, gradients) < 1e-5 * max(1.0, scale)  # a gradient summed over 1,024 tokens is not of order 1
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("lengths", [[65], [5, 1, 90, 200, 33]], ids=str)
 def test_flex_attention_gives_the_same_states(lengths):
     """On the CPU it has no backward pass; `tests/gpu/test_attention.py` has the gradients."""
@@ -151,6 +152,22 @@ def test_dropout_leaves_the_expected_value():
         error_TD = (drawn.mean(0) - module.eval()(hidden_TD, layout)) / (drawn.std(0) / 20)
     assert drawn.std(0).min() > 0
     assert error_TD.abs().mean() < 1.0  # a standard normal has .8
+
+
+@pytest.mark.parametrize("path", ["dense", "blocked"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_half_precision_stays_near(path, dropout):
+    torch.manual_seed(0)
+    module, hidden_TD = BandedAttention(WIDTH, HEADS, dropout), torch.randn(110, WIDTH, requires_grad=True)
+    layout, outcomes = BandLayout.of(torch.tensor([70, 40]), 8, HEADS, path), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            states_TD = module(hidden_TD, layout).float()
+        outcomes.append((states_TD, *torch.autograd.grad(states_TD.square().sum(), [hidden_TD, *module.parameters()])))
+    total = sum(each.norm() for each in outcomes[0])  # the key bias alone has no gradient to be near to
+    for exact, half in zip(*outcomes, strict=True):
+        assert (exact - half).norm() < 0.02 * exact.norm() + 1e-4 * total
 
 
 def test_every_parameter_stays_used_and_adapters_are_not_bypassed():

@@ -50,6 +50,38 @@ def test_published_sizes():
     assert parameters(minilm) == published + types + position_rows + global_projections
 
 
+def adapted(model: RecFormer) -> RecFormer:
+    """LoRA of rank 8 on every linear layer of the blocks, as the RecFormer study has it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = "query|key|value|query_global|key_global|value_global|attention_output|enter|leave"
+    return inject_adapter_in_model(LoraConfig(r=8, target_modules=rf"blocks\..*\.({layers})"), model)
+
+
+def test_adapters_reach_every_linear_layer_and_merge():
+    from peft.tuners.lora import LoraLayer
+
+    with torch.device("meta"):
+        base = adapted(RecFormer(PRESETS["base"]))
+    assert sum(isinstance(part, LoraLayer) for part in base.modules()) == 108
+    assert sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad) == 1_769_472
+
+    torch.manual_seed(0)
+    model, inputs = adapted(RecFormer(TINY)).eval(), random_inputs([40, 300])
+    with torch.no_grad():
+        untouched_BD = model.encode(*inputs)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        apart_BD, states_TD = model.encode(*inputs), model(*inputs)
+        for part in model.modules():
+            if isinstance(part, LoraLayer):
+                part.merge()
+        torch.testing.assert_close(model.encode(*inputs), apart_BD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(*inputs), states_TD, rtol=0, atol=1e-5)
+    assert (apart_BD - untouched_BD).abs().max() > 1e-2
+
+
 def test_encode_is_the_first_tokens_state(model):
     for lengths in LENGTHS:
         inputs = random_inputs(lengths)

@@ -181,7 +181,7 @@ class BandedAttention(nn.Module):
             raise InputError(f"path='flex' has no dropout on attention weights: expected dropout 0, got {dropout}")
         else:
             mixed_TD = _flex_band(*projected, layout)
-        return mixed_TD.index_copy(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
+        return mixed_TD.index_copy_(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
 
     def _global_rows(self, hidden_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
         """Return the mixture (B, D) each first token takes of its sequence.
@@ -222,16 +222,17 @@ class _Band(torch.autograd.Function):
         heads, (blocks, block) = layout.num_heads, layout.token_MS.shape
         dim = query_TD.shape[1] // heads
         query = query_TD.reshape(-1, dim).index_select(0, layout.query_rows).view(heads * blocks, block, dim)
-        query.mul_(dim**-0.5)
         key, value = (x.reshape(-1, dim).index_select(0, layout.key_rows) for x in (key_TD, value_TD))
-        scores = torch.bmm(query, _seen(key, layout))
+        scores = _product(query, _seen(key, layout), dim**-0.5)
         scores.view(heads, blocks, block, -1).add_(layout.bias_MSK)
         weights = _wide(scores).softmax(-1).to(query.dtype)
         kept = _kept(weights, dropout) if dropout else weights
-        mixed = torch.bmm(kept, _seen(value, layout).transpose(1, 2)).mul_(1 / (1 - dropout))
+        mixed = _product(kept, _seen(value, layout).transpose(1, 2), 1 / (1 - dropout))
         ctx.save_for_backward(query, key, value, weights, kept, mixed)
         ctx.layout, ctx.dropout = layout, dropout
-        return mixed.view(-1, dim).index_select(0, layout.mixed_rows).view(query_TD.shape)
+        mixed_TD = torch.empty_like(query_TD)
+        torch.index_select(mixed.view(-1, dim), 0, layout.mixed_rows, out=mixed_TD.view(-1, dim))
+        return mixed_TD
 
     @staticmethod
     @once_differentiable
@@ -241,17 +242,17 @@ class _Band(torch.autograd.Function):
         gradient = gradient_TD.new_zeros(mixed.shape).view(-1, dim)
         gradient = gradient.index_copy_(0, layout.mixed_rows, gradient_TD.reshape(-1, dim)).view_as(mixed)
         expected = (_wide(gradient) * mixed).sum(-1, keepdim=True)  # = sum over keys of weight times its gradient
-        gradient.mul_(1 / (1 - ctx.dropout))
-        scores = _wide(torch.bmm(gradient, _seen(value, layout)))
+        scores = _wide(_product(gradient, _seen(value, layout), 1 / (1 - ctx.dropout)))
         if ctx.dropout:
             scores.mul_(kept).addcmul_(weights, expected.to(scores.dtype), value=-1)
         else:
             scores.sub_(expected).mul_(weights)
         scores = scores.to(query.dtype)
-        query_grad = torch.bmm(scores, _seen(key, layout).transpose(1, 2)).mul_(dim**-0.5)
+        query_grad = _product(scores, _seen(key, layout).transpose(1, 2), dim**-0.5)
         query_grad = query_grad.view(-1, dim).index_select(0, layout.mixed_rows).view(gradient_TD.shape)
-        key_grad = _back(scores, query, layout).view(gradient_TD.shape)
-        return query_grad, key_grad, _back(kept, gradient, layout).view(gradient_TD.shape), None, None
+        key_grad = _back(scores, query, dim**-0.5, layout).view(gradient_TD.shape)
+        value_grad = _back(kept, gradient, 1 / (1 - ctx.dropout), layout).view(gradient_TD.shape)
+        return query_grad, key_grad, value_grad, None, None
 
 
 def _seen(stored: Tensor, layout: BandLayout) -> Tensor:
@@ -261,15 +262,15 @@ def _seen(stored: Tensor, layout: BandLayout) -> Tensor:
     return stored[skipped : len(stored) - skipped + bool(layout.halo)].unfold(0, size, layout.kept_MR.shape[1])
 
 
-def _back(left: Tensor, right: Tensor, layout: BandLayout) -> Tensor:
-    """Sum left' right, the gradients of what each block sees, into the packed rows (T * H, d) they were seen from."""
+def _back(left: Tensor, right: Tensor, factor: float, layout: BandLayout) -> Tensor:
+    """Sum factor * left' right, gradients of what each block sees, into the packed rows (T * H, d) they belong to."""
     halo, rows = layout.halo, layout.kept_MR.shape[1]
     left = left.transpose(1, 2)
     stored = right.new_zeros(len(left) + 2, rows, right.shape[-1])
-    stored[1:-1] = torch.bmm(left[:, halo : halo + rows], right)
+    stored[1:-1] = _product(left[:, halo : halo + rows], right, factor)
     if halo:
-        stored[:-2, rows - halo :] += torch.bmm(left[:, :halo], right)
-        stored[2:, 1 : 1 + halo] += torch.bmm(left[:, halo + rows + 1 :], right)
+        stored[:-2, rows - halo :] += _product(left[:, :halo], right, factor)
+        stored[2:, 1 : 1 + halo] += _product(left[:, halo + rows + 1 :], right, factor)
     heads = layout.num_heads
     packed = stored.view(-1, right.shape[-1]).index_select(0, layout.stored_rows)
     if halo:
@@ -277,6 +278,10 @@ def _back(left: Tensor, right: Tensor, layout: BandLayout) -> Tensor:
         first_B = copies.new_zeros(len(layout.starts_B), *copies.shape[1:]).index_add_(0, layout.sequence_M, copies)
         packed.view(-1, heads, right.shape[-1]).index_add_(0, layout.starts_B, first_B)
     return packed
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -288,8 +293,9 @@ def _kept(weights: Tensor, dropout: float) -> Tensor:
     """Zero a share of the weights, unscaled; sixteen random bits decide on each, to 1/65536 of the share."""
     words = -(-weights.numel() // 4)
     bits = torch.empty(words, dtype=torch.int64, device=weights.device).random_(-(2**63), None).view(torch.int16)
-    keep = bits[: weights.numel()].view(weights.shape) >= round(dropout * 2**16) - 2**15
-    return torch.where(keep, weights, 0.0)
+    threshold = round(dropout * 2**16) - 2**15
+    keep = torch.ge(bits[: weights.numel()].view(weights.shape), threshold, out=torch.empty_like(weights))
+    return keep.mul_(weights)  # a product of floats is twice as fast as torch.where
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:
