@@ -1,6 +1,8 @@
 """Two processes train what one trains: same histories, same gradient, same validation value."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.launch import fit_in_processes, launch, main, processes
+from textrec.training.launch import _failure, fit_in_processes, launch, main, processes
 from textrec.training.module import TrainingConfig
 from textrec.training.trainer import fit
 
@@ -24,10 +26,10 @@ TRAINING = TrainingConfig(batch_size=16, learning_rate=1e-2, max_epochs=2, patie
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
-def test_two_processes_equal_one(ring, tmp_path, monkeypatch, loss):
+def test_two_processes_equal_one(ring, tmp_path, monkeypatch):
+    """With sampled negatives, which both processes have to draw alike; `test_strategies.py` does without."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    training = replace(TRAINING, loss=loss, num_negatives=6)
+    training = replace(TRAINING, loss="sampled_softmax", num_negatives=6)
     seed_everything(0)
     single = fit(SASRec(CONFIG), ring, training, seed=0, folder=tmp_path / "one")
     (tmp_path / "two").mkdir()
@@ -79,6 +81,24 @@ def test_the_error_of_a_process_ends_all_and_is_one_sentence(tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with pytest.raises(RuntimeError, match="^process 1 of 2: ValueError: the cat is out; .*launch.log$"):
         launch("training.distributed_script:fail", {"message": "the cat is out\nof the bag"}, tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "kind", "sentence"),
+    [
+        ("exitcode  : -15 (pid: 1)\nexitcode  : -9 (pid: 2)", "RuntimeError", RuntimeError, "^one of 2 .* signal 9; "),
+        ("", "InputError", InputError, "^lost.csv is missing$"),
+        ("exitcode  : -15 (pid: 1)", "OutOfMemoryError", MemoryError, "^process 1 of 2: OutOfMemoryError: lost.csv is"),
+        ("exitcode  : 1 (pid: 1)", None, RuntimeError, "^2 processes ended with status 1; .*launch.log$"),
+    ],
+)
+def test_what_failed_first_is_told(tmp_path, log, error, kind, sentence):
+    (tmp_path / "launch.log").write_text(log)
+    if error:
+        told = {"rank": 1, "kind": error, "message": "lost.csv is missing"}
+        (tmp_path / "error.json").write_text(json.dumps(told))
+    raised = _failure(tmp_path, 2, 1)
+    assert type(raised) is kind and re.search(sentence, str(raised))
 
 
 @pytest.mark.distributed

@@ -163,6 +163,13 @@ def test_two_processes_equal_one(runs, name):
 
 @pytest.mark.distributed
 @pytest.mark.slow
+def test_clipping_is_felt_so_that_equality_speaks_of_it(runs, prepared, tmp_path):
+    train(str(prepared), str(tmp_path), ["auto"], gradient_clip=None)
+    assert apart(runs.single, consolidate(tmp_path / "auto" / "last.ckpt")) > 1e-4
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_one_process_goes_on_where_two_stopped(runs, name):
     assert apart(runs.single, consolidate(runs.folder / "one" / name / "last.ckpt")) < 1e-5
@@ -255,14 +262,14 @@ def test_tasks_of_slurm_find_each_other(runs, prepared):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_hostfile_of_deepspeeds_launcher(runs, prepared):
+def test_two_machines_of_deepspeeds_hostfile(runs, prepared):
     folder = runs.folder / "hostfile"
     arguments = {"prepared": str(prepared), "folder": str(folder), "names": ["deepspeed_stage_2"]}
     spec = describe(TARGET, arguments, folder)
-    (folder / "hosts").write_text("localhost slots=2\n")
-    deepspeed = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
-    start = [*deepspeed, "--hostfile", str(folder / "hosts"), "--master_port", free_port(), "--module",
-             "textrec.training.launch", str(spec)]  # fmt: skip
-    run_together([start], [{"DS_ACCELERATOR": "cpu"}])
+    (folder / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    start = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(folder / "hosts"),
+             "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]  # fmt: skip
+    what = ["--module", "textrec.training.launch", str(spec)]
+    run_together([[*start, "--node_rank", rank, *what] for rank in ("0", "1")], [{"DS_ACCELERATOR": "cpu"}] * 2)
     assert json.loads((folder / "result.json").read_text())["world_size"] == 2
     assert apart(runs.single, consolidate(folder / "deepspeed_stage_2" / "last.ckpt")) < 1e-5

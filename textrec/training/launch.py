@@ -7,7 +7,7 @@ environment variables:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 -m textrec.training.launch F
     srun --nodes 2 --ntasks-per-node 8 python -m textrec.training.launch F
-    deepspeed --hostfile HOSTS --module textrec.training.launch F
+    deepspeed --hostfile HOSTS --no_ssh --node_rank R --master_addr HOST --module textrec.training.launch F
 """
 
 import importlib
