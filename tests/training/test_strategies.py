@@ -48,6 +48,18 @@ def test_half_precision_is_for_cuda():
     assert strategies.precision_of(TrainingConfig(), "cuda") == "bf16-mixed"
 
 
+def test_mixed_precision_clips_the_gradients_of_a_fused_optimizer(ring, tmp_path):
+    weights = {}
+    for name, clip in (("free", None), ("clipped", 1e-9)):  # far below Adam's epsilon: nothing is left to step along
+        torch.manual_seed(0)
+        training = replace(TRAINING, precision="bf16-mixed", gradient_clip=clip, weight_decay=0.0, max_epochs=1)
+        fit(SASRec(CONFIG), ring, training, seed=0, folder=tmp_path / name)
+        weights[name] = consolidate(tmp_path / name / "last.ckpt")
+    torch.manual_seed(0)
+    first = SASRec(CONFIG).state_dict()
+    assert apart(weights["clipped"], first) < 3e-4 < apart(weights["free"], first)
+
+
 def test_an_absent_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(InputError, match=r"needs the package deepspeed.*textrec\[deepspeed\]"):

@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -48,12 +49,17 @@ def trainer_for(
     `max_epochs`; `more` goes to `lightning.Trainer`. Raises `InputError` for what the device or an absent package rules
     out.
     """
-    world_size, precision = devices * num_nodes, precision_of(training, device)
+    precision, plugins = precision_of(training, device), [AtomicCheckpoints()]
+    strategy = _strategy(training, device, devices * num_nodes, Path(folder))
+    if precision.endswith("-mixed") and not isinstance(strategy, ZeRO):
+        scaler = torch.amp.GradScaler("cuda") if precision == "16-mixed" else None
+        plugins.append(Autocast(precision, device, scaler))
+        precision = None
     return lightning.Trainer(
         accelerator="gpu" if device == "cuda" else device, devices=devices, num_nodes=num_nodes,
-        strategy=_strategy(training, device, world_size, Path(folder)), precision=precision,
-        max_epochs=training.max_epochs, gradient_clip_val=training.gradient_clip,
-        accumulate_grad_batches=training.accumulate, callbacks=callbacks, plugins=[AtomicCheckpoints()],
+        strategy=strategy, precision=precision, max_epochs=training.max_epochs,
+        gradient_clip_val=training.gradient_clip, accumulate_grad_batches=training.accumulate,
+        callbacks=callbacks, plugins=plugins,
         use_distributed_sampler=False, enable_checkpointing=False, enable_model_summary=False,
         default_root_dir=folder, **more,
     )  # fmt: skip
@@ -101,6 +107,15 @@ def zero_config(name: str, device: str, histories: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW does: DeepSpeed's is compiled for minutes
     }
+
+
+class Autocast(MixedPrecision):
+    """Mixed precision that clips a fused optimizer's gradients, too; Lightning's refuses to, scaled or not."""
+
+    def clip_gradients(self, optimizer, clip_val: float = 0.0, gradient_clip_algorithm="norm") -> None:
+        if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.scaler.unscale_(optimizer)
+        super(MixedPrecision, self).clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
 
 class FullySharded(ModelParallelStrategy):
