@@ -207,7 +207,7 @@ class StageMonitor(Callback):
             with module.whole_model() as model:
                 if len(self.users):
                     entry["ndcg@10"] = validate(model, self.texts, module.items_ID, self.training, self.users, trainer)
-                value = entry.get("ndcg@10", float(epoch))  # nobody to validate with: the last epoch is the best
+                value = entry.get("ndcg@10", self.stage.best + 1.0)  # nobody to validate with: later is better
                 if self.stage.observe(epoch, value) and trainer.is_global_zero:
                     save_pair(self.folder / "best.safetensors", model, module.items_ID)
         entry["seconds"] = time.perf_counter() - self.started
@@ -276,6 +276,7 @@ class Finetuned:
     model: nn.Module
     items_ID: Tensor
     best: float  # ndcg@10 of validation
+    pair: Path | None = None  # the file of M' and I'
     curve: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0  # real ones that gradients were computed of
     cpu_s: float = 0.0
@@ -306,11 +307,10 @@ def two_stage(
         faithful=training.empty_histories,
     )  # fmt: skip
     result, carried = Finetuned(copy.deepcopy(model), torch.empty(0), best=-1.0), (0, None)
-    pair: Path | None = None
     for number in training.stages:
         current, place = copy.deepcopy(model), folder / f"stage{number}"
-        items_ID = load_pair(pair, current) if pair else None
-        if number == 2 and not pair:
+        items_ID = load_pair(result.pair, current) if result.pair else None
+        if number == 2 and not result.pair:
             whole = result.model.to(_own_device(device))
             items_ID = item_table(whole, texts, max_batch_tokens=training.max_batch_tokens)
         stage = Stage(number, training.patience[number - 1], training.max_epochs, training.evaluate_every, result.best)
@@ -318,14 +318,14 @@ def two_stage(
         of_stage = replace(examples, seed=derive_seed(seed, "stage", number))
         _run_stage(current, of_stage, training, monitor, carried, (device, devices, num_nodes), progress)
         if monitor.stage.best_epoch is not None:
-            pair = place / "best.safetensors"
+            result.pair = place / "best.safetensors"
         if training.shared_schedule:
             last = torch.load(place / "last.ckpt", map_location="cpu", weights_only=True)
             carried = last["global_step"], last["optimizer_states"][0]
         result.best, result.curve = monitor.stage.best, result.curve + monitor.curve
         result.tokens, result.cpu_s = result.tokens + monitor.tokens, result.cpu_s + monitor.cpu_s
         result.here_cpu_s += monitor.cpu_s - monitor.earlier_cpu_s
-    items_ID = load_pair(pair, result.model.cpu())
+    items_ID = load_pair(result.pair, result.model.cpu())
     result.model.eval().save_pretrained(folder / "model")
     save_tokenizer(texts.tokenizer, folder / "model")
     result.model, result.items_ID = (each.to(_own_device(device)) for each in (result.model, items_ID))

@@ -1,0 +1,65 @@
+"""Pretraining and finetuning in two processes give what one process gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training.text_sets import SMALL, brand_set
+
+from textrec.data.item_text import item_attributes, shuffled_texts
+from textrec.data.tokenizing import train_tokenizer
+from textrec.models.recformer import RecFormer, RecFormerForPretraining
+from textrec.schema import InputError
+from textrec.training.pretraining import PretrainingConfig, pretrain
+from textrec.training.text_launch import _told, _written, pretrain_in_processes, two_stage_here, two_stage_in_processes
+from textrec.training.text_ranking import TextSet
+from textrec.training.two_stage import TwoStageConfig, two_stage
+
+STILL = replace(SMALL, dropout=0.0, attention_dropout=0.0)
+PRETRAINING = PretrainingConfig(
+    max_steps=4, batch_size=16, accumulate=2, learning_rate=1e-3, validate_every_steps=2, validation_batch=8
+)
+FINETUNING = TwoStageConfig(max_epochs=2, batch_size=16, accumulate=2, learning_rate=1e-3, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> list[TextSet]:
+    folder = tmp_path_factory.mktemp("sets")
+    prepared = [brand_set(folder / str(seed), seed, num_users=25) for seed in range(3)]
+    tokenizer = train_tokenizer(item_attributes(prepared[0].catalogue), 400)
+    return [TextSet.of(each, tokenizer) for each in prepared]
+
+
+def close(one: list[dict], two: list[dict], names: tuple[str, ...]) -> None:
+    """Losses agree closely; ranks of a hardly trained model are near-ties, which rounding may turn."""
+    assert len(one) == len(two)
+    for name in names:
+        within = 1e-4 if "loss" in name or "contrast" in name or "mlm" in name else 0.05
+        assert [e.get(name) for e in one] == pytest.approx([e.get(name) for e in two], rel=1e-4, abs=within), name
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_what_one_does(sets, tmp_path):
+    torch.manual_seed(0)
+    start = RecFormerForPretraining(STILL)
+    encoder = RecFormer(STILL)
+    encoder.load_state_dict(start.encoder.state_dict())
+    given = {"seed": 0, "held_out": sets[1], "zero_shot": sets[2]}
+    two = pretrain_in_processes(start, sets[:1], PRETRAINING, folder=tmp_path / "two", devices=2, **given)
+    one = pretrain(start, sets[:1], PRETRAINING, folder=tmp_path / "one", **given)
+    close(one.curve[1:], two.curve[1:], ("train_contrast", "train_mlm", "train_in_batch"))
+    close(one.curve[::2], two.curve[::2], ("in_batch", "validation_contrast", "ndcg@10"))
+    assert one.tokens == two.tokens
+    two = two_stage_in_processes(encoder, sets[0], FINETUNING, seed=0, folder=tmp_path / "both", devices=2)
+    one = two_stage(encoder, sets[0], FINETUNING, seed=0, folder=tmp_path / "alone")
+    close(one.curve, two.curve, ("train_loss", "ndcg@10"))
+    torch.testing.assert_close(one.items_ID, two.items_ID, rtol=0, atol=1e-4)
+
+
+def test_other_texts_than_the_catalogues_are_refused(sets, tmp_path):
+    attributes = shuffled_texts(item_attributes(sets[0].prepared.catalogue), 0)
+    mixed = TextSet.of(sets[0].prepared, sets[0].tokenizer, attributes=attributes)
+    arguments = _written(RecFormer(STILL), mixed, tmp_path, FINETUNING, 0, "cpu") | {"texts": _told(mixed)}
+    with pytest.raises(InputError, match="was given other texts than its catalogue's"):
+        two_stage_here(**arguments)

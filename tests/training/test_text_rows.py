@@ -1,0 +1,76 @@
+"""Rows of text models: one change each, read back once finished, a broken row is a row, mistakes are named."""
+
+import pytest
+import torch
+from training.text_sets import SMALL, brand_set
+
+from textrec.data.item_text import item_attributes
+from textrec.data.tokenizing import train_tokenizer
+from textrec.models.recformer import RecFormer
+from textrec.schema import InputError
+from textrec.training import text_rows
+from textrec.training.text_ranking import TextSet, text_ranks
+from textrec.training.text_rows import TEXT_ROWS, _config, run_text_rows
+from textrec.training.two_stage import TwoStageConfig
+
+BRIEF = {"all": {"max_epochs": 1, "batch_size": 12, "warmup_steps": 0}}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> TextSet:
+    prepared = brand_set(tmp_path_factory.mktemp("sets") / "brands", seed=0, num_users=24)
+    return TextSet.of(prepared, train_tokenizer(item_attributes(prepared.catalogue), 400))
+
+
+@pytest.fixture(scope="module")
+def start() -> RecFormer:
+    torch.manual_seed(7)  # another than the row without pretraining draws
+    return RecFormer(SMALL).eval()
+
+
+def test_rows_are_run_once_and_read_back(texts, start, tmp_path, monkeypatch):
+    rows = ["zero_shot", "bag_of_words", "shuffled_texts", "random_encoder", "no_two_stage", "frozen_words"]
+
+    def run(**more):
+        return run_text_rows(rows, texts, start, seed=0, run_dir=tmp_path, overrides=BRIEF,
+                             skipped={"frozen_words": "too dear"}, **more)  # fmt: skip
+
+    results = {each.row: each for each in run()}
+    assert [results[row].status for row in rows] == ["ok"] * 5 + ["not_attempted"]
+    own = text_ranks(start, texts, "test").kept.higher_U
+    assert (results["zero_shot"].ranks.kept.higher_U == own).all()
+    for row in rows[1:5]:
+        assert (results[row].ranks.kept.higher_U != own).any()
+    trained = results["no_two_stage"]
+    assert trained.parameters["stages"] == [2] and trained.parameters["learning_rate"] == TwoStageConfig.learning_rate
+    assert trained.cost["tokens"] > 0 and trained.curve[0]["stage"] == 2
+    monkeypatch.setattr(text_rows, "_ranked", None)  # nothing is run again
+    again = {each.row: each for each in run()}
+    assert again["no_two_stage"].curve == trained.curve and again["zero_shot"].cost == results["zero_shot"].cost
+
+
+def test_a_broken_row_is_a_row_with_its_reason(texts, start, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(text_rows, "text_ranks", broken)
+    result = run_text_rows(["zero_shot"], texts, start, seed=0, run_dir=tmp_path)[0]
+    assert (result.status, result.reason) == ("out_of_memory", "RuntimeError: CUDA out of memory")
+
+
+def test_unknown_rows_and_settings_are_named(texts, start, tmp_path):
+    for rows, overrides, message in (
+        (["two_stages"], None, "row 'two_stages' is unknown"),
+        (["two_stage"], {"two_stages": {}}, r"'two_stages' is unknown \(did you mean 'two_stage'\?\)"),
+        (["two_stage"], {"all": {"patiense": 3}}, r"did you mean 'patience'\?"),
+        (["two_stage"], {"all": {"train_share": 2.0}}, "row 'two_stage': train_share=2.0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_text_rows(rows, texts, start, seed=0, run_dir=tmp_path, overrides=overrides)
+
+
+def test_every_row_has_a_configuration_of_its_own():
+    trained = [_config(row, {}) for row, preset in TEXT_ROWS.items() if preset.finetuned]
+    assert trained[0] == TwoStageConfig() and all(trained)
+    told = {(str(_config(row, {})), preset.start, preset.texts) for row, preset in TEXT_ROWS.items()}
+    assert len(told) == len(TEXT_ROWS)
