@@ -50,11 +50,11 @@ def test_a_row_has_one_judging_claim_per_metric_and_protocol_beside_the_gates():
         ("dross/sasrec-plus/recall@10", "ml-1m-w1", 0.3152, "sasrec_ce"),
         ("gsasrec-pytorch/gsasrec/ndcg@10", "ml-1m-w1", 0.1726, "gsasrec"),
         ("esasrec-ml1m/sasrec-plus-ss/ndcg@10", "ml-1m-w3", 0.1684, "sasrec_ss"),
-        ("esasrec-beauty/sasrec-plus-ss/ndcg@10", "amazon-2014-beauty-p5", 0.0531, "sasrec_shared"),
+        ("esasrec-beauty/sasrec-plus-ss/ndcg@10", "amazon-2014-beauty-p5", 0.0531, "sasrec_ss"),
         ("rectools-hstu/hstu-large/ndcg@200", "ml-1m-w3", 0.3015, None),
         ("ml-1m-txt/statistics/interactions", "ml-1m-w1", 999611, "statistics"),
         ("gate-ml1m/sasrec-ce/recall@10", "ml-1m-w1", 0.305, "sasrec_ce"),
-        ("gate-beauty/sasrec-ss/ndcg@10", "amazon-2014-beauty-p5", 0.050, "sasrec_shared"),
+        ("gate-beauty/sasrec-ss/ndcg@10", "amazon-2014-beauty-p5", 0.050, "sasrec_ss"),
     ],
 )
 def test_claims_that_decide_the_study(claim_id, dataset, value, row):
