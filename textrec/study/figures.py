@@ -149,7 +149,7 @@ def plot_ladder(data: Mapping):
     with house_style():
         rows = data["rows"]
         figure, ((axes,),) = _subplots(0.9 + 0.34 * len(rows))
-        colour = colours(row["row"] for row in rows)
+        colour = colours(row["row"] for row in rows if row.get("value") is not None)  # the same as the curves'
         place = {row["row"]: -index for index, row in enumerate(rows)}
         for row in rows:
             y = place[row["row"]]
