@@ -56,6 +56,19 @@ def test_full_softmax_has_the_gradient_of_its_value(tensors):
     assert torch.autograd.gradcheck(lambda h, e: 3 * losses.full_softmax(h, e, targets_T[:5]), (few_TD, items_ID))
 
 
+def test_full_softmax_over_a_frozen_table_has_the_same_gradient_of_states(tensors):
+    hidden_TD, items_ID, targets_T = tensors[:3]
+    states_TD = hidden_TD.detach().requires_grad_()
+    both, alone = (
+        torch.autograd.grad(losses.full_softmax(states_TD, table_ID, targets_T), states_TD)[0]
+        for table_ID in (items_ID.detach().requires_grad_(), items_ID.detach())
+    )
+    assert torch.equal(both, alone) and both.any()
+    table_ID = items_ID.detach().requires_grad_()
+    losses.full_softmax(states_TD.detach(), table_ID, targets_T).backward()
+    assert table_ID.grad.any()
+
+
 def test_full_softmax_survives_large_scores(tensors):
     hidden_TD, items_ID, targets_T = (tensors[0].float() * 300).detach(), tensors[1].float().detach(), tensors[2]
     expected = cross_entropy(hidden_TD.double(), items_ID.double(), targets_T)

@@ -26,8 +26,9 @@ def full_softmax(hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tens
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad)
-        grad_hidden_TD, grad_items_ID = torch.empty_like(hidden_TD), torch.zeros_like(items_ID)
+        hidden_wants, items_want, _ = ctx.needs_input_grad  # a frozen table wants none
+        grad_hidden_TD = torch.empty_like(hidden_TD) if hidden_wants else None
+        grad_items_ID = torch.zeros_like(items_ID) if items_want else None
         total = hidden_TD.new_zeros(())
         step = max(BLOCK_NUMBERS // len(items_ID), 64)
         buffer = hidden_TD.new_empty(min(step, max(len(hidden_TD), 1)), len(items_ID))
@@ -38,10 +39,12 @@ class _FullSoftmax(torch.autograd.Function):
             total -= scores_CI.gather(1, targets_C1).sum()
             sums_C1 = scores_CI.exp_().sum(1, keepdim=True)
             total += sums_C1.log().sum()
-            if needs_gradient:
+            if hidden_wants or items_want:
                 scores_CI /= sums_C1
                 scores_CI.scatter_add_(1, targets_C1, scores_CI.new_full(targets_C1.shape, -1.0))
+            if hidden_wants:
                 torch.mm(scores_CI, items_ID, out=grad_hidden_TD[start : start + step])
+            if items_want:
                 grad_items_ID.addmm_(scores_CI.T, hidden_CD)
         ctx.save_for_backward(grad_hidden_TD, grad_items_ID)
         return total
@@ -49,8 +52,7 @@ class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_hidden_TD, grad_items_ID = ctx.saved_tensors
-        return grad_hidden_TD * grad, grad_items_ID * grad, None
+        return *(None if each is None else each * grad for each in ctx.saved_tensors), None
 
 
 def sampled_softmax(
