@@ -27,7 +27,7 @@ TRAINING = TrainingConfig(
 
 def train(prepared: str, folder: str, names: list[str], keep: int | None = None, frozen: bool = False, **settings):
     """Fit with one strategy after the other, `keep` a second checkpoint of that epoch; return the curves."""
-    plain_config, save_last = strategies.zero_config, trainer._SaveLast.on_train_epoch_end
+    plain_config, save_last = strategies.zero_config, trainer.SaveLast.on_train_epoch_end
 
     def cut_all(*args):
         config = plain_config(*args)
@@ -40,7 +40,7 @@ def train(prepared: str, folder: str, names: list[str], keep: int | None = None,
         if of.current_epoch == keep:
             of.save_checkpoint(self.path.with_name("kept.ckpt"))
 
-    strategies.zero_config, trainer._SaveLast.on_train_epoch_end = cut_all, keep_one
+    strategies.zero_config, trainer.SaveLast.on_train_epoch_end = cut_all, keep_one
     _, devices, num_nodes = processes()
     curves = {}
     for name in names:
@@ -52,7 +52,7 @@ def train(prepared: str, folder: str, names: list[str], keep: int | None = None,
             folder=Path(folder) / name, devices=devices, num_nodes=num_nodes,
         )  # fmt: skip
         curves[name] = fitted.curve
-    strategies.zero_config, trainer._SaveLast.on_train_epoch_end = plain_config, save_last
+    strategies.zero_config, trainer.SaveLast.on_train_epoch_end = plain_config, save_last
     return {"curves": curves, "tokens": fitted.tokens, "world_size": devices * num_nodes, "cpu_s": fitted.cpu_s}
 
 

@@ -44,7 +44,7 @@ def test_a_killed_run_equals_the_uninterrupted_one(sets, tmp_path, monkeypatch):
     assert ["ndcg@10" in entry for entry in whole.curve] == ["in_batch" in e for e in whole.curve]
     assert ["ndcg@10" in entry for entry in whole.curve] == [True, False, True, False, True]
     assert whole.tokens == whole.curve[-1]["tokens"] > 0 and 0 < whole.curve[1]["peak_share"] < 1
-    saves, real_save = [], module._SaveLast.on_train_epoch_end
+    saves, real_save = [], module.SaveLast.on_train_epoch_end
 
     def killed_before_the_second(self, trainer, network):
         if len(saves) == 1:
@@ -52,7 +52,7 @@ def test_a_killed_run_equals_the_uninterrupted_one(sets, tmp_path, monkeypatch):
         saves.append(self.path)
         real_save(self, trainer, network)
 
-    monkeypatch.setattr(module._SaveLast, "on_train_epoch_end", killed_before_the_second)
+    monkeypatch.setattr(module.SaveLast, "on_train_epoch_end", killed_before_the_second)
     with pytest.raises(BaseException):  # noqa: B017
         run(sets, tmp_path / "killed")
     monkeypatch.undo()

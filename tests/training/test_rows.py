@@ -53,8 +53,8 @@ def test_a_resumed_row_costs_what_all_its_processes_spent(ring, tmp_path, monkey
         real_save(self, trainer, module)
         raise KeyboardInterrupt
 
-    real_save = trainer._SaveLast.on_train_epoch_end
-    monkeypatch.setattr(trainer._SaveLast, "on_train_epoch_end", interrupted)
+    real_save = trainer.SaveLast.on_train_epoch_end
+    monkeypatch.setattr(trainer.SaveLast, "on_train_epoch_end", interrupted)
     with pytest.raises(BaseException):  # noqa: B017
         run_rows(["sasrec_ce"], ring, seed=0, run_dir=tmp_path, overrides=SMALL)
     monkeypatch.undo()

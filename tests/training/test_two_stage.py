@@ -130,7 +130,7 @@ def test_patience_counts_evaluations(values, patience, every, evaluated, saved):
 def test_a_killed_run_equals_the_uninterrupted_one(texts, tmp_path, monkeypatch):
     training = replace(TRAINING, max_epochs=2)
     whole = run(texts, tmp_path / "whole", training)
-    saves, real_save = [], module._SaveLast.on_train_epoch_end
+    saves, real_save = [], module.SaveLast.on_train_epoch_end
 
     def killed_before_the(number):
         def save(self, trainer, network):
@@ -142,7 +142,7 @@ def test_a_killed_run_equals_the_uninterrupted_one(texts, tmp_path, monkeypatch)
         return save
 
     for number in (1, 3):  # within stage 1, within stage 2
-        monkeypatch.setattr(module._SaveLast, "on_train_epoch_end", killed_before_the(number))
+        monkeypatch.setattr(module.SaveLast, "on_train_epoch_end", killed_before_the(number))
         with pytest.raises(BaseException):  # noqa: B017
             run(texts, tmp_path / "killed", training)
     monkeypatch.undo()

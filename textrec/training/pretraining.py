@@ -26,7 +26,7 @@ from textrec.training.contrastive import SUMS, pretraining_sums
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule, trainer_for
 from textrec.training.text_batches import ContrastBatches, joined
 from textrec.training.text_ranking import TextSet, evaluating, item_table, text_ranks, weights_digest
-from textrec.training.trainer import LOGGER, _loggers, _quiet, _SaveLast, _sum_over_processes
+from textrec.training.trainer import LOGGER, SaveLast, loggers_of, quiet_lightning, sum_over_processes
 
 FAITHFUL = {"mask_duplicates": False, "faithful_masking": True}  # the published code's habits
 SELECTIONS = ("in_batch", "zero_shot", "last")
@@ -203,7 +203,7 @@ class PretrainingMonitor(Callback):
         module.start_counting()
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        summed = dict(zip(SUMS, _sum_over_processes(trainer, *module.sums.tolist()), strict=True))
+        summed = dict(zip(SUMS, sum_over_processes(trainer, *module.sums.tolist()), strict=True))
         seconds = time.perf_counter() - self.started
         self.tokens += int(summed["tokens"])
         entry = {"step": trainer.global_step, "tokens": self.tokens, "seconds": seconds} | _means(summed, "train_")
@@ -233,7 +233,7 @@ class PretrainingMonitor(Callback):
                         model.save_pretrained(self.folder / "model")
         if step:
             cpu_s = time.process_time() - self.cpu_started
-            self.cpu_s += _sum_over_processes(trainer, cpu_s)[0]
+            self.cpu_s += sum_over_processes(trainer, cpu_s)[0]
         self.curve.append(entry)
         for logger in trainer.loggers:
             logger.log_metrics({name: value for name, value in entry.items() if name != "step"}, step=step)
@@ -247,7 +247,7 @@ class PretrainingMonitor(Callback):
         for batch in self.held_out[rank::world_size]:
             sums = pretraining_sums(model, trainer.strategy.batch_to_device(batch, device), gather=False)
             total += torch.stack([value.double().cpu() for value in sums.values()])
-        summed = dict(zip(SUMS, _sum_over_processes(trainer, *total.tolist()), strict=True))
+        summed = dict(zip(SUMS, sum_over_processes(trainer, *total.tolist()), strict=True))
         found = {"in_batch": summed["correct"] / summed["rows"]} | _means(summed, "validation_")
         if self.zero_shot is not None:
             items_ID = item_table(model.encoder, self.zero_shot, rank=rank, world_size=world_size)
@@ -255,7 +255,7 @@ class PretrainingMonitor(Callback):
                 model.encoder, self.zero_shot, "validation", items_ID=items_ID, users=self.users[rank::world_size]
             )
             gains_U = per_user_metrics(ranks.kept, ks=(10,))["ndcg@10"]
-            gain, num_users = _sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
+            gain, num_users = sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
             found["ndcg@10"] = gain / num_users
         return found
 
@@ -306,10 +306,10 @@ def pretrain(
         peak_flops,
     )
     module, last = PretrainingModule(model, training, seed), folder / "last.ckpt"
-    with _quiet():
+    with quiet_lightning():
         trainer = trainer_for(
-            training, device, devices, [monitor, _SaveLast(last)], folder, num_nodes=num_nodes,
-            enable_progress_bar=progress, logger=_loggers(folder), log_every_n_steps=1,
+            training, device, devices, [monitor, SaveLast(last)], folder, num_nodes=num_nodes,
+            enable_progress_bar=progress, logger=loggers_of(folder), log_every_n_steps=1,
         )  # fmt: skip
         examples = _examples(sets, model.config, training, seed)
         batches = ContrastBatches(

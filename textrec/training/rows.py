@@ -72,7 +72,7 @@ def run_rows(
 def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any, TrainingConfig | None]:
     """Resolve a row's preset and overrides to complete configurations."""
     if row not in PRESETS:
-        raise InputError(f"row {row!r} is unknown{_closest(row, PRESETS)}; expected one of {sorted(PRESETS)}")
+        raise InputError(f"row {row!r} is unknown{closest(row, PRESETS)}; expected one of {sorted(PRESETS)}")
     preset = PRESETS[row]
     if preset.model in CONTROLS:
         return row, None, None
@@ -83,7 +83,7 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
     for group in ("all", row):
         for name, value in overrides.get(group, {}).items():
             if name not in model_names | training_names:
-                hint = _closest(name, model_names | training_names)
+                hint = closest(name, model_names | training_names)
                 raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
             settings = model_settings if name in model_names else training_settings
             settings[name] = tuple(value) if isinstance(value, list) else value
@@ -115,7 +115,7 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
         if stored["key"] == key:
             return RowResult(**stored["result"], ranks=Ranks.load(folder / "ranks.parquet"))
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_other_runs(folder, key)
+    forget_other_runs(folder, key)
     commit, dirty = commit_state(_code_files(preset.model))
     meter = Meter()
     try:
@@ -182,7 +182,7 @@ def _row_code(model: str) -> str:
     return code_hash(_code_files(model))
 
 
-def _forget_other_runs(folder: Path, key: dict) -> None:
+def forget_other_runs(folder: Path, key: dict) -> None:
     """Remove an unfinished checkpoint of other code, parameters, data or seed: continuing it would mix two runs."""
     marker = folder / "started.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != key:
@@ -193,6 +193,6 @@ def _forget_other_runs(folder: Path, key: dict) -> None:
     os.replace(partial, marker)
 
 
-def _closest(name: str, known) -> str:
+def closest(name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

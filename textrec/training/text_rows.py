@@ -18,7 +18,7 @@ from textrec.provenance import code_hash, commit_state
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training.cost import Meter
-from textrec.training.rows import LOGGER, RowResult, _closest, _forget_other_runs
+from textrec.training.rows import LOGGER, RowResult, closest, forget_other_runs
 from textrec.training.text_launch import two_stage_in_processes
 from textrec.training.text_ranking import BagOfWords, TextSet, text_ranks, weights_digest, with_permuted_words
 from textrec.training.two_stage import FAITHFUL, TwoStageConfig, two_stage
@@ -74,7 +74,7 @@ def run_text_rows(
     overrides, skipped = overrides or {}, skipped or {}
     for row in [*rows, *(set(overrides) - {"all"}), *skipped]:
         if row not in TEXT_ROWS or row not in rows:
-            raise InputError(f"row {row!r} is unknown{_closest(row, rows)}; expected one of {sorted(TEXT_ROWS)}")
+            raise InputError(f"row {row!r} is unknown{closest(row, rows)}; expected one of {sorted(TEXT_ROWS)}")
     plans = {row: _config(row, overrides) for row in rows}
     started, results = weights_digest(start), []
     for row, training in plans.items():
@@ -99,7 +99,7 @@ def _config(row: str, overrides: Mapping) -> TwoStageConfig | None:
     for group in ("all", row):
         for name, value in overrides.get(group, {}).items():
             if name not in known:
-                hint = _closest(name, known)
+                hint = closest(name, known)
                 raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
             settings[name] = tuple(value) if isinstance(value, list) else value
     try:
@@ -141,7 +141,7 @@ def _cached(row: str, parameters: dict, key: dict, folder: Path, run: Callable) 
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "stage1", folder / "stage2"):
         place.mkdir(exist_ok=True)
-        _forget_other_runs(place, key)
+        forget_other_runs(place, key)
     commit, dirty = commit_state(_CODE)
     meter = Meter()
     try:

@@ -90,7 +90,7 @@ class RankingMonitor(Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch = trainer.current_epoch
-        loss, num_targets = _sum_over_processes(trainer, *module.sums.tolist())
+        loss, num_targets = sum_over_processes(trainer, *module.sums.tolist())
         entry = {"epoch": epoch, "train_loss": loss / num_targets}
         last_epoch = epoch + 1 >= self.training.max_epochs
         validates = len(self.users) and ((epoch + 1) % self.training.validate_every == 0 or last_epoch)
@@ -104,7 +104,7 @@ class RankingMonitor(Callback):
                 if improved and trainer.is_global_zero:
                     model.save_pretrained(self.folder / "model")
         entry["seconds"] = time.perf_counter() - self.started
-        tokens, cpu_s = _sum_over_processes(trainer, module.tokens, time.process_time() - self.cpu_started)
+        tokens, cpu_s = sum_over_processes(trainer, module.tokens, time.process_time() - self.cpu_started)
         self.tokens, self.cpu_s = self.tokens + int(tokens), self.cpu_s + cpu_s
         self.curve.append(entry)
         for logger in trainer.loggers:
@@ -120,11 +120,11 @@ class RankingMonitor(Callback):
     def _validate(self, trainer, model) -> float:
         ranks = evaluate(model, self.prepared, "validation", self.users[trainer.global_rank :: trainer.world_size])
         gains_U = per_user_metrics(ranks.filtered, ks=(10,))["ndcg@10"]
-        total, num_users = _sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
+        total, num_users = sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
         return total / num_users
 
 
-def _sum_over_processes(trainer, *values: float) -> list[float]:
+def sum_over_processes(trainer, *values: float) -> list[float]:
     if trainer.world_size == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
@@ -132,7 +132,7 @@ def _sum_over_processes(trainer, *values: float) -> list[float]:
     return sums.tolist()
 
 
-class _SaveLast(Callback):
+class SaveLast(Callback):
     """Write last.ckpt after the monitor has closed its epoch (Lightning calls checkpoint callbacks last)."""
 
     def __init__(self, path: Path):
@@ -169,10 +169,10 @@ def fit(
     if training.compile:
         module.model.compile(dynamic=True)
     last = folder / "last.ckpt"
-    with _quiet():
+    with quiet_lightning():
         trainer = trainer_for(
-            training, device, devices, [monitor, _SaveLast(last)], folder, num_nodes=num_nodes,
-            enable_progress_bar=progress, logger=_loggers(folder), log_every_n_steps=1,
+            training, device, devices, [monitor, SaveLast(last)], folder, num_nodes=num_nodes,
+            enable_progress_bar=progress, logger=loggers_of(folder), log_every_n_steps=1,
         )  # fmt: skip
         rank, world_size = trainer.global_rank, trainer.world_size
         batches = _batches(model, prepared, training, seed, rank)
@@ -199,14 +199,14 @@ def _batches(model, prepared: PreparedSet, training: TrainingConfig, seed: int, 
     return HistoryBatches(prepared.histories, prepared.split.train_end_U, window, make)
 
 
-def _loggers(folder: Path) -> list:
+def loggers_of(folder: Path) -> list:
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     return [each(folder, name="", version="logs") for each in (CSVLogger, TensorBoardLogger)]
 
 
 @contextmanager
-def _quiet():
+def quiet_lightning():
     """Silence what Lightning says of every small run; its warnings about results still pass."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

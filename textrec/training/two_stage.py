@@ -29,7 +29,7 @@ from textrec.training.pretraining import adamw_with_linear_decay, save_tokenizer
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule, trainer_for
 from textrec.training.text_batches import ExampleBatches
 from textrec.training.text_ranking import PACKED, TextSet, item_table, text_ranks, weights_digest
-from textrec.training.trainer import LOGGER, _loggers, _quiet, _SaveLast, _sum_over_processes
+from textrec.training.trainer import LOGGER, SaveLast, loggers_of, quiet_lightning, sum_over_processes
 
 FAITHFUL = {  # the published code's habits, where the defaults correct them
     "optimistic_ties": True, "batch_means": True, "empty_histories": True, "shared_schedule": True,
@@ -201,7 +201,7 @@ class StageMonitor(Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch = trainer.current_epoch
-        loss, num_targets, tokens = _sum_over_processes(trainer, *module.sums.tolist())
+        loss, num_targets, tokens = sum_over_processes(trainer, *module.sums.tolist())
         entry = {"stage": self.stage.number, "epoch": epoch, "train_loss": loss / num_targets}
         if self.stage.evaluates(epoch):
             with module.whole_model() as model:
@@ -212,7 +212,7 @@ class StageMonitor(Callback):
                     save_pair(self.folder / "best.safetensors", model, module.items_ID)
         entry["seconds"] = time.perf_counter() - self.started
         self.tokens += int(tokens)
-        self.cpu_s += _sum_over_processes(trainer, time.process_time() - self.cpu_started)[0]
+        self.cpu_s += sum_over_processes(trainer, time.process_time() - self.cpu_started)[0]
         self.curve.append(entry)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in entry.items() if k not in ("stage", "epoch")}, step=epoch)
@@ -240,7 +240,7 @@ def validate(model, texts: TextSet, items_ID: Tensor, training: TwoStageConfig, 
     ties = "optimistic" if training.optimistic_ties else "expected"
     gains_U = per_user_metrics(ranks.kept, ks=(10,), ties=ties)["ndcg@10"]
     if shared:
-        total, num_users = _sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
+        total, num_users = sum_over_processes(trainer, float(gains_U.sum()), len(gains_U))
         return total / num_users
     size = max(training.batch_size // training.accumulate, 1)
     return float(np.mean([gains_U[start : start + size].mean() for start in range(0, len(gains_U), size)]))
@@ -350,10 +350,10 @@ def _run_stage(
     progress: bool,
 ) -> None:  # fmt: skip
     last, (device, devices, num_nodes) = monitor.folder / "last.ckpt", where
-    with _quiet():
+    with quiet_lightning():
         trainer = trainer_for(
-            training, device, devices, [monitor, _SaveLast(last)], monitor.folder, num_nodes=num_nodes,
-            enable_progress_bar=progress, logger=_loggers(monitor.folder), log_every_n_steps=1,
+            training, device, devices, [monitor, SaveLast(last)], monitor.folder, num_nodes=num_nodes,
+            enable_progress_bar=progress, logger=loggers_of(monitor.folder), log_every_n_steps=1,
         )  # fmt: skip
         rank, world_size = trainer.global_rank, trainer.world_size
         batches = GlobalBatches(
