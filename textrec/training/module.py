@@ -127,15 +127,9 @@ class SequenceModule(DistributedModule):
         return negatives
 
     def configure_optimizers(self):
-        """AdamW whose decay spares vectors (biases, norms); every trainable parameter is in exactly one group."""
+        """AdamW, with a warm-up and a schedule where the configuration has them."""
         config = self.training_config
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+        optimizer = adamw(self, config)
         if config.schedule == "constant" and not config.warmup_steps:
             return optimizer
         total = self.trainer.estimated_stepping_batches
@@ -150,3 +144,17 @@ class SequenceModule(DistributedModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def adamw(module: DistributedModule, training) -> torch.optim.AdamW:
+    """Return AdamW by `learning_rate`, `adam_betas` and `weight_decay`, which spares vectors (biases, norms).
+
+    Every trainable parameter is in exactly one group; a group without parameters is left out.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.adam_betas, fused=True)

@@ -23,6 +23,7 @@ from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
 from textrec.training.checkpoints import check_identity
 from textrec.training.contrastive import SUMS, pretraining_sums
+from textrec.training.module import adamw
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule, trainer_for
 from textrec.training.text_batches import ContrastBatches, joined
 from textrec.training.text_ranking import TextSet, evaluating, item_table, text_ranks, weights_digest
@@ -130,13 +131,7 @@ def adamw_with_linear_decay(module: DistributedModule, training, total_steps: in
     The rate grows over `warmup_steps` to `learning_rate` and falls linearly to zero at `total_steps`. `first_step` and
     an optimizer's `state` continue an earlier training.
     """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.adam_betas, fused=True)
+    optimizer = adamw(module, training)
     if state is not None:
         optimizer.load_state_dict(state)
 
