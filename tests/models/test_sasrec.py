@@ -38,7 +38,7 @@ def test_parameters_of_the_elephant_paper():
 
 
 def test_tables_may_be_drawn_on_another_scale_than_layers():
-    """gSASRec's port keeps torch's N(0, 1) tables; with small ones its loss stays at the popularity level."""
+    """gSASRec's port keeps torch's N(0, 1) tables."""
     settings = {"num_items": 500, "max_sequence_length": 20, "tie_item_table": False}
     wide, usual = (SASRec(SASRecConfig(**settings, initial_table_std=std)) for std in (1.0, None))
     for table in ("item_table", "output_table", "position_table"):

@@ -63,7 +63,10 @@ def convert(path: Path, folder: Path, like: Path | None = None) -> None:
 
 
 def read_zero(folder: Path, moments: bool = True) -> ZeroCheckpoint:
-    """Join the shards of a ZeRO checkpoint of any stage and number of processes; `moments` of AdamW cost twice more."""
+    """Join the shards of a ZeRO checkpoint of any stage and number of processes; `moments` of AdamW cost twice more.
+
+    The shards are DeepSpeed's pickles, which can run code when they are read: open none that you would not run.
+    """
     folder = Path(folder)
     pointer = folder / "latest"
     if not pointer.is_file():
