@@ -10,6 +10,7 @@ PARAMETERS = RUNS / "parameters"
 FIGURES = ROOT / "figures"
 DATA = ROOT / "data"
 PROCESSED = DATA / "processed"
+TOKENS = DATA / "tokens"  # item texts as tokens, by content
 
 
 def raw_data() -> Path:
