@@ -4,6 +4,7 @@ import math
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_uniform_guesses_cost_the_logarithm_of_the_vocabulary_and_no_mask_costs_
     assert torch.equal(model.head.dense.weight.grad, torch.zeros_like(model.head.dense.weight))
     skipped = pretraining_sums(model, batch([-100, -100, 6, -100, 7]), masked_words=False)
     assert skipped["masked_history"] == 0 and skipped["contrast"].item() == sums["contrast"].item()
+
+
+def test_the_contrast_is_that_of_fp32_under_mixed_precision():
+    vectors = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    model = SimpleNamespace(encoder=SimpleNamespace(encode=lambda *_: vectors), config=SMALL)
+    plain = pretraining_sums(model, batch([-100] * 5), masked_words=False)["contrast"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = pretraining_sums(model, batch([-100] * 5), masked_words=False)["contrast"]
+        rounded, _ = item_contrast(vectors[:2], vectors[2:], DIFFERENT, SMALL.temperature)
+    assert torch.equal(mixed, plain) and not torch.equal(rounded, plain)
 
 
 ROWS, WIDTH, PROCESSES = 8, 5, 4

@@ -1,10 +1,16 @@
 """The training step: global means, fresh negatives that repeat with the seed, decay on matrices alone."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from textrec.models.sasrec import SASRec, SASRecConfig
+from textrec.seeding import seed_everything
 from textrec.training.module import SequenceModule, TrainingConfig
+from textrec.training.presets import CONTROLS, PRESETS
+from textrec.training.trainer import fit
 
 CONFIG = SASRecConfig(num_items=30, max_sequence_length=8, embedding_dim=16)
 
@@ -60,3 +66,61 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in module.parameters())
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() < 2 for p in groups[1]["params"])
+
+
+TRAININGS = {  # every way in which a preset computes its loss, by the first row that does
+    str(asdict(TrainingConfig(**preset.training_settings)) | {"max_epochs": 0, "patience": 0, "adam_betas": 0}): row
+    for row, preset in reversed(PRESETS.items()) if preset.model not in CONTROLS
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", sorted(TRAININGS.values()))
+def test_mixed_precision_trains_every_loss_of_the_presets_close_to_fp32(ring, tmp_path, row):
+    preset = PRESETS[row]
+    settings = preset.training_settings | {"max_epochs": 1, "batch_size": 40}
+    curves = []
+    for precision in ("32", "bf16-mixed"):
+        seed_everything(0)
+        model = _model(preset.model)
+        training = TrainingConfig(**settings | {"precision": precision})
+        curves.append(fit(model, ring, training, seed=0, folder=tmp_path / precision).curve)
+    losses = [curve[0]["train_loss"] for curve in curves]
+    assert len(curves[1]) == 1 and losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def _model(name: str):
+    from textrec.training.rows import model_class
+
+    kind = model_class(name)
+    return kind(kind.config_class(num_items=30, max_sequence_length=8, embedding_dim=16))
+
+
+class Fixed(torch.nn.Module):
+    """States and items that are there already, in fp32: nothing is left to mixed precision but the loss."""
+
+    def __init__(self, num_positions: int):
+        super().__init__()
+        source = torch.Generator().manual_seed(0)
+        self.hidden_TD = torch.nn.Parameter(torch.randn(num_positions, 16, generator=source))
+        self.items_ID = torch.nn.Parameter(torch.randn(31, 16, generator=source))
+
+    def forward(self, items_BL):
+        return self.hidden_TD
+
+    def item_vectors(self):
+        return self.items_ID
+
+
+@pytest.mark.parametrize("row", sorted(TRAININGS.values()))
+def test_the_loss_itself_is_that_of_fp32(row):
+    items_BL = torch.randint(1, 31, (6, 8), generator=torch.Generator().manual_seed(1))
+    batch, found = {"step": 0, "items": items_BL, "targets": items_BL.roll(1)}, []
+    for mixed in (False, True):
+        network = Fixed(items_BL.numel())
+        module = SequenceModule(network, TrainingConfig(**PRESETS[row].training_settings), 0, torch.arange(31))
+        module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, current_epoch=0, global_rank=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = module.training_step(batch, 0)
+        loss.backward()
+        found.append((loss.detach(), network.hidden_TD.grad, network.items_ID.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and found[0][1].any()

@@ -68,6 +68,14 @@ def test_a_killed_run_equals_the_uninterrupted_one(sets, tmp_path, monkeypatch):
     assert [entry["step"] for entry in run(sets, tmp_path / "spent", spent).curve] == [0, 2]
 
 
+def test_mixed_precision_is_close_to_fp32(sets, tmp_path):
+    training = replace(TRAINING, max_real_tokens=1, validation_users=2)
+    curves = [run(sets, tmp_path / each, replace(training, precision=each)).curve for each in ("32", "bf16-mixed")]
+    for name in ("train_contrast", "train_mlm", "validation_contrast"):
+        exact, mixed = (curve[-1][name] for curve in curves)
+        assert exact != mixed and mixed == pytest.approx(exact, rel=5e-3)
+
+
 def test_a_set_is_never_tested_on_what_was_read(sets, tmp_path):
     for given, message in (({"held_out": sets[1]}, "held_out is 'brands1'"), ({"zero_shot": sets[1]}, "zero_shot is"),
                            ({"zero_shot": sets[2]}, "zero_shot is 'brands2'")):  # fmt: skip

@@ -1,6 +1,7 @@
 """Two-stage finetuning: the order of Algorithm 1 under scripted validation, resumption, shares, faithful habits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,26 @@ def test_the_faithful_rules_change_the_validation_value(texts, monkeypatch):
     assert values[0] == pytest.approx(gains.mean()) and values[2] == pytest.approx(by_batch)
     assert values[1] > 2 * values[0] and abs(values[2] - values[0]) > 1e-9
     assert replace(TRAINING, **FAITHFUL).empty_histories
+
+
+@pytest.mark.parametrize("num_negatives", [0, 20])
+def test_mixed_precision_is_close_to_fp32_and_its_loss_is_fp32(texts, tmp_path, num_negatives):
+    training = replace(TRAINING, stages=(2,), max_epochs=1, num_negatives=num_negatives)
+    curves = [run(texts, tmp_path / each, replace(training, precision=each)).curve for each in ("32", "bf16-mixed")]
+    losses = [curve[0]["train_loss"] for curve in curves]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    vectors_BD, found = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), []
+    network = torch.nn.Module()
+    network.encode, network.config = lambda *_: vectors_BD, SMALL
+    step = module.TwoStageModule(network, training, 0, 2, 1, (0, None))
+    step._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, current_epoch=0, global_rank=0)
+    step.items_ID = torch.nn.functional.normalize(torch.randn(31, 16, generator=torch.Generator().manual_seed(1)))
+    batch = {"step": 0, "part": 0, "rows_in_step": 4, "targets_B": torch.arange(1, 5),
+             "history": dict.fromkeys(module.PACKED, torch.ones(4, dtype=torch.long))}  # fmt: skip
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found.append(step.training_step(batch, 0))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("settings", [{"train_share": 0.0}, {"stages": (2, 1)}, {"evaluate_every": 0},

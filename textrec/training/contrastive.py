@@ -78,9 +78,9 @@ def pretraining_sums(
     views = batch["history"], batch["item"]
     both = {name: torch.cat([view[name] for view in views]) for name in views[0]}
     users_BD, items_BD = model.encoder.encode(*(both[name] for name in PACKED)).float().chunk(2)
-    contrast, correct = item_contrast(
-        users_BD, items_BD, batch["targets_B"], model.config.temperature, mask_duplicates=mask_duplicates, gather=gather
-    )
+    others = {"mask_duplicates": mask_duplicates, "gather": gather}
+    with torch.autocast(users_BD.device.type, enabled=False):  # in bf16 near cosines are ties
+        contrast, correct = item_contrast(users_BD, items_BD, batch["targets_B"], model.config.temperature, **others)
     loss_N, in_history_N = users_BD.new_zeros(0), users_BD.new_zeros(0, dtype=torch.bool)
     if masked_words:
         masked_N = (both["labels_T"] != IGNORED).nonzero()[:, 0]

@@ -90,7 +90,8 @@ class SequenceModule(DistributedModule):
         if self.training_config.objective == "masked_item":
             hidden_TD, targets_T = hidden_TD[chosen_T], targets_T[chosen_T]
         self.tokens += len(chosen_T)
-        total = self._loss(hidden_TD.float(), targets_T, items_BL, step, part)
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # losses are fp32 under mixed precision, too
+            total = self._loss(hidden_TD.float(), targets_T, items_BL, step, part)
         self.sums += torch.tensor([float(total.detach()), len(targets_T)], dtype=torch.float64)
         return self.mean_over_step(total, batch.get("targets_in_step", len(targets_T)))
 

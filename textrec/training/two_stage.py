@@ -139,7 +139,8 @@ class TwoStageModule(DistributedModule):
         history, targets_B = batch["history"], batch["targets_B"]
         vectors_BD = self.model.encode(*(history[name] for name in PACKED)).float()
         users_BD = F.normalize(vectors_BD, dim=-1, eps=1e-8) / self.model.config.temperature
-        total = self._loss(users_BD, targets_B, where)
+        with torch.autocast(users_BD.device.type, enabled=False):  # losses are fp32 under mixed precision, too
+            total = self._loss(users_BD, targets_B, where)
         counts = total.detach(), len(targets_B), len(history["token_ids_T"])
         self.sums = self.sums + torch.stack([torch.as_tensor(x, device=total.device).double() for x in counts])
         return self.mean_over_step(total, batch["rows_in_step"])
