@@ -60,14 +60,6 @@ def test_rejected_negatives_avoid_the_rows_own_history():
     assert torch.isin(plain[:, :4], torch.tensor([1, 2, 3, 4])).any()
 
 
-def test_every_parameter_is_in_one_group_and_vectors_do_not_decay():
-    module = SequenceModule(SASRec(CONFIG), TrainingConfig(weight_decay=0.1), seed=0)
-    groups = module.configure_optimizers().param_groups
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in module.parameters())
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-    assert all(p.dim() >= 2 for p in groups[0]["params"]) and all(p.dim() < 2 for p in groups[1]["params"])
-
-
 TRAININGS = {  # every way in which a preset computes its loss, by the first row that does
     str(asdict(TrainingConfig(**preset.training_settings)) | {"max_epochs": 0, "patience": 0, "adam_betas": 0}): row
     for row, preset in reversed(PRESETS.items()) if preset.model not in CONTROLS

@@ -99,13 +99,6 @@ def test_frozen_parts_are_not_trained():
     assert fixed == {"encoder.word_table.weight"} | {f"head.{name}" for name, _ in model.head.named_parameters()}
 
 
-def test_the_rate_falls_to_zero_without_a_jump():
-    network = PretrainingModule(RecFormerForPretraining(SMALL), replace(TRAINING, max_steps=8), 0)
-    schedule = network.configure_optimizers()["lr_scheduler"]["scheduler"]
-    factors = [schedule.lr_lambdas[0](step) for step in range(10)]
-    assert factors == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0])
-
-
 def test_the_work_of_the_published_size_is_six_operations_a_weight_and_token():
     config = RecFormerConfig(attention_window=64)
     per_layer = 4 * 768 * 768 + 2 * 768 * 3072  # global projections read one token each

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training.text_sets import SMALL, brand_set
 
 from textrec.data.item_text import item_attributes
@@ -9,7 +10,7 @@ from textrec.data.tokenizing import train_tokenizer
 from textrec.models.recformer import RecFormer
 from textrec.schema import InputError
 from textrec.training import text_rows
-from textrec.training.text_ranking import TextSet, text_ranks
+from textrec.training.text_ranking import TextSet, item_table, text_ranks
 from textrec.training.text_rows import TEXT_ROWS, _config, run_text_rows
 from textrec.training.two_stage import TwoStageConfig
 
@@ -44,9 +45,35 @@ def test_rows_are_run_once_and_read_back(texts, start, tmp_path, monkeypatch):
     trained = results["no_two_stage"]
     assert trained.parameters["stages"] == [2] and trained.parameters["learning_rate"] == TwoStageConfig.learning_rate
     assert trained.cost["tokens"] > 0 and trained.curve[0]["stage"] == 2
-    monkeypatch.setattr(text_rows, "_ranked", None)  # nothing is run again
+    monkeypatch.setattr(text_rows, "_ranked", lambda *given: 1 / 0)  # nothing is run again
     again = {each.row: each for each in run()}
     assert again["no_two_stage"].curve == trained.curve and again["zero_shot"].cost == results["zero_shot"].cost
+
+
+def test_a_language_model_is_tested_as_it_was_before_pretraining(texts, start, tmp_path, monkeypatch):
+    torch.manual_seed(8)
+    rows, before, other = ["language_model", "language_model_two_stage"], RecFormer(SMALL).eval(), RecFormer(SMALL)
+    brief = {"all": BRIEF["all"] | {"stages": (2,)}}
+
+    def run(backbone, pretrained=start, **more):
+        given = {"seed": 0, "run_dir": tmp_path, "overrides": brief, "backbone": backbone} | more
+        return [each.ranks.kept.higher_U for each in run_text_rows(rows, texts, pretrained, **given)]
+
+    untrained, trained = run(before)
+    own = text_ranks(before, texts, "test").kept.higher_U
+    assert (untrained == own).all() and (trained != own).any()
+    assert (own != text_ranks(start, texts, "test").kept.higher_U).any()
+    items_ID = load_file(tmp_path / "rows" / rows[1] / "stage2" / "best.safetensors")["items_ID"]
+    assert torch.equal(items_ID, item_table(before, texts))  # what it was finetuned from
+    ranked = text_rows._ranked
+    monkeypatch.setattr(text_rows, "_ranked", lambda *given: 1 / 0)
+    assert (run(before, pretrained=other)[1] == trained).all()  # the pretrained model is no part of it
+    monkeypatch.setattr(text_rows, "_ranked", ranked)
+    assert (run(other)[0] != own).any()
+    with pytest.raises(InputError, match="row 'language_model' needs backbone="):
+        run(None)
+    skipped = run_text_rows(rows[:1], texts, start, seed=0, run_dir=tmp_path, skipped={rows[0]: "no such model"})
+    assert (skipped[0].status, skipped[0].reason) == ("not_attempted", "no such model")
 
 
 def test_a_broken_row_is_a_row_with_its_reason(texts, start, tmp_path, monkeypatch):

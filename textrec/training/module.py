@@ -9,6 +9,7 @@ from torch import Tensor
 from textrec.schema import PADDING_ID
 from textrec.seeding import derive_seed
 from textrec.training import losses
+from textrec.training.optimizers import adamw
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule
 
 LOSSES = ("full_softmax", "sampled_softmax", "gbce")
@@ -145,17 +146,3 @@ class SequenceModule(DistributedModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def adamw(module: DistributedModule, training) -> torch.optim.AdamW:
-    """Return AdamW by `learning_rate`, `adam_betas` and `weight_decay`, which spares vectors (biases, norms).
-
-    Every trainable parameter is in exactly one group; a group without parameters is left out.
-    """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.adam_betas, fused=True)

@@ -23,7 +23,7 @@ from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
 from textrec.training.checkpoints import check_identity
 from textrec.training.contrastive import SUMS, pretraining_sums
-from textrec.training.module import adamw
+from textrec.training.optimizers import adamw_with_linear_decay
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule, trainer_for
 from textrec.training.text_batches import ContrastBatches, joined
 from textrec.training.text_ranking import TextSet, evaluating, item_table, text_ranks, weights_digest
@@ -123,26 +123,6 @@ class PretrainingModule(DistributedModule):
     def configure_optimizers(self):
         """AdamW, warm-up and a linear decay to zero at `max_steps`."""
         return adamw_with_linear_decay(self, self.training_config, self.training_config.max_steps)
-
-
-def adamw_with_linear_decay(module: DistributedModule, training, total_steps: int, first_step: int = 0, state=None):
-    """Return what Lightning wants of `configure_optimizers`; decay spares vectors (biases, norms).
-
-    The rate grows over `warmup_steps` to `learning_rate` and falls linearly to zero at `total_steps`. `first_step` and
-    an optimizer's `state` continue an earlier training.
-    """
-    optimizer = adamw(module, training)
-    if state is not None:
-        optimizer.load_state_dict(state)
-
-    def factor(step: int) -> float:
-        step += first_step
-        if step < training.warmup_steps:
-            return (step + 1) / training.warmup_steps
-        return max(0.0, 1.0 - (step - training.warmup_steps) / max(total_steps - training.warmup_steps, 1))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def training_flops(config: RecFormerConfig, tokens: int, masked: int) -> float:

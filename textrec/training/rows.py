@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from textrec.training.module import TrainingConfig
 from textrec.training.presets import CONTROLS, PRESETS
 
 LOGGER = logging.getLogger(__name__)
-_SHARED_CODE = ("data/histories.py", "evaluation/ranking.py", "seeding.py")
+_SHARED_CODE = ("data/histories.py", "evaluation/metrics.py", "evaluation/ranking.py", "seeding.py")
 _CONTROL_CODE = ("evaluation/controls.py", "training/controls.py")
 _MODEL_CODE = ("models/sequence_model.py",) + tuple(
-    f"training/{name}.py" for name in ("batches", "losses", "module", "strategies", "trainer")
+    f"training/{name}.py" for name in ("batches", "losses", "module", "optimizers", "strategies", "trainer")
 )
 
 
@@ -41,10 +41,10 @@ class RowResult:
     parameters: dict[str, Any]
     status: str  # ok | failed | out_of_memory | not_attempted
     reason: str | None
-    ranks: Ranks | None
-    curve: list[dict[str, float]]
-    cost: dict[str, float]
-    commit: str
+    ranks: Ranks | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+    commit: str = ""
 
 
 def run_rows(
@@ -64,9 +64,7 @@ def run_rows(
             raise InputError(f"{name} names the row {row!r}, which is not among the rows {list(rows)}")
     plans = [_plan(row, prepared, overrides) for row in rows]
     place = prepared, seed, Path(run_dir) / "rows", device, devices, progress
-    return [
-        _not_attempted(*plan, skipped[plan[0]]) if plan[0] in skipped else _run_row(*plan, *place) for plan in plans
-    ]
+    return [_skipped(*plan, skipped[plan[0]]) if plan[0] in skipped else _run_row(*plan, *place) for plan in plans]
 
 
 def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any, TrainingConfig | None]:
@@ -93,9 +91,9 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
         raise InputError(f"row {row!r}: {error}") from error
 
 
-def _not_attempted(row, config, training, reason: str) -> RowResult:
-    parameters = _parameters(PRESETS[row].model, config, training)
-    return RowResult(row, PRESETS[row].changed, parameters, "not_attempted", reason, None, [], {}, "")
+def _skipped(row, config, training, reason: str) -> RowResult:
+    preset = PRESETS[row]
+    return RowResult(row, preset.changed, _parameters(preset.model, config, training), "not_attempted", reason)
 
 
 def _parameters(model: str, config, training) -> dict[str, Any]:
@@ -105,40 +103,56 @@ def _parameters(model: str, config, training) -> dict[str, Any]:
 
 
 def _run_row(row, config, training, prepared, seed, folder, device, devices, progress) -> RowResult:
-    preset, folder = PRESETS[row], folder / row
-    parameters = _parameters(preset.model, config, training)
-    key = {"row": row, "parameters": parameters, "fingerprint": prepared.fingerprint, "seed": seed,
-           "code": _row_code(preset.model)}  # fmt: skip
+    model = PRESETS[row].model
+
+    def run():
+        seed_everything(seed)
+        if config is None:
+            from textrec.training.controls import evaluate_control
+
+            return evaluate_control(model, prepared, seed), [], (0, 0.0)
+        place = folder / row, device, devices, progress
+        ranks, fitted = _train_and_evaluate(model, config, training, prepared, seed, *place)
+        return ranks, fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
+
+    what = row, PRESETS[row].changed, _parameters(model, config, training)
+    key = {"fingerprint": prepared.fingerprint, "seed": seed}
+    return cached_row(*what, key, folder / row, _code_files(model), run)
+
+
+def cached_row(
+    row: str, changed: str, parameters: dict[str, Any], key: dict[str, Any], folder: Path, code: Sequence[Path],
+    run: Callable[[], tuple[Ranks, list[dict], tuple[int, float]]], parts: Sequence[str] = (),
+) -> RowResult:  # fmt: skip
+    """Read the row back from `folder` if it was finished with this key and code, else run it and store it there.
+
+    `run` gives the test ranks, the curve, and what other processes and earlier runs spent on it: tokens, seconds. It
+    resumes what checkpoints in `folder` and its `parts` hold; those of another key or code are removed first.
+    """
+    key = {"row": row, "parameters": parameters, **key, "code": code_hash(code)}
     finished = folder / "row.json"
     if finished.is_file():
         stored = json.loads(finished.read_text(encoding="utf-8"))
         if stored["key"] == key:
             return RowResult(**stored["result"], ranks=Ranks.load(folder / "ranks.parquet"))
-    folder.mkdir(parents=True, exist_ok=True)
-    forget_other_runs(folder, key)
-    commit, dirty = commit_state(_code_files(preset.model))
+    for place in (folder, *(folder / part for part in parts)):
+        place.mkdir(parents=True, exist_ok=True)
+        forget_other_runs(place, key)
+    commit, dirty = commit_state(code)
     meter = Meter()
     try:
-        seed_everything(seed)
-        if config is None:
-            from textrec.training.controls import evaluate_control
-
-            ranks, curve, spent = evaluate_control(preset.model, prepared, seed), [], (0, 0.0)
-        else:
-            ranks, fitted = _train_and_evaluate(preset.model, config, training, prepared, seed, folder, device,
-                                                devices, progress)  # fmt: skip
-            curve, spent = fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
+        ranks, curve, spent = run()
     except InputError:
         raise
     except Exception as error:  # a broken row is a row of the table; the traceback goes to the log
         LOGGER.exception("row %s failed", row)
         status = "out_of_memory" if isinstance(error, MemoryError) or "out of memory" in str(error) else "failed"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return RowResult(row, preset.changed, parameters, status, reason, None, [], meter.read(), commit)
+        return RowResult(row, changed, parameters, status, reason, cost=meter.read(), commit=commit)
     cost = meter.read(*spent)
     if curve:  # epochs of an interrupted run count, too
         cost["wall_s"] = round(max(cost["wall_s"], sum(entry["seconds"] for entry in curve)), 2)
-    result = {"row": row, "changed": preset.changed, "parameters": parameters, "status": "ok", "reason": None,
+    result = {"row": row, "changed": changed, "parameters": parameters, "status": "ok", "reason": None,
               "curve": curve, "cost": cost, "commit": commit + ("-dirty" if dirty else "")}  # fmt: skip
     ranks.save(folder / "ranks.parquet")
     partial = folder / f"row.json.partial-{os.getpid()}"
@@ -176,10 +190,6 @@ def model_class(name: str) -> type:
 def _code_files(model: str) -> list[Path]:
     own = _CONTROL_CODE if model in CONTROLS else (f"models/{model.lower()}.py", *_MODEL_CODE)
     return [ROOT / "textrec" / name for name in _SHARED_CODE + own]
-
-
-def _row_code(model: str) -> str:
-    return code_hash(_code_files(model))
 
 
 def forget_other_runs(folder: Path, key: dict) -> None:

@@ -4,29 +4,27 @@ Laid out as by `rows.py`: `run_dir/rows/<row>/` with `row.json`, written last, `
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from textrec.data.item_text import item_attributes, shuffled_texts
-from textrec.evaluation.ranking import Ranks
 from textrec.models.recformer import RecFormer
 from textrec.paths import ROOT
-from textrec.provenance import code_hash, commit_state
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.cost import Meter
-from textrec.training.rows import LOGGER, RowResult, closest, forget_other_runs
+from textrec.training.rows import RowResult, cached_row, closest
 from textrec.training.text_launch import two_stage_in_processes
 from textrec.training.text_ranking import BagOfWords, TextSet, text_ranks, weights_digest, with_permuted_words
 from textrec.training.two_stage import FAITHFUL, TwoStageConfig, two_stage
 
 _CODE = [ROOT / "textrec" / name for name in (
-    "data/histories.py", "data/tokenizing.py", "data/examples.py", "evaluation/ranking.py", "models/attention.py",
-    "models/recformer.py", "seeding.py", "training/batches.py", "training/losses.py", "training/strategies.py",
-    "training/text_batches.py", "training/text_ranking.py", "training/two_stage.py",
+    "data/histories.py", "data/item_text.py", "data/tokenizing.py", "data/examples.py", "evaluation/metrics.py",
+    "evaluation/ranking.py", "models/attention.py", "models/recformer.py", "seeding.py", "training/batches.py",
+    "training/losses.py", "training/optimizers.py", "training/strategies.py", "training/text_batches.py",
+    "training/text_ranking.py", "training/two_stage.py",
 )]  # fmt: skip
 
 
@@ -35,7 +33,7 @@ class TextRow:
     """What a row is, and the one thing in which it differs from `two_stage`, or from `zero_shot` where untrained."""
 
     changed: str
-    start: str = "pretrained"  # pretrained | permuted_words | bag_of_words | random
+    start: str = "pretrained"  # pretrained | backbone | permuted_words | bag_of_words | random
     texts: str = "own"  # own | shuffled: each item gets some item's text
     finetuned: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +46,7 @@ TEXT_ROWS = {
     "permuted_words": TextRow("word vectors exchanged", start="permuted_words", finetuned=False),
     "shuffled_texts": TextRow("texts exchanged between items", texts="shuffled", finetuned=False),
     "random_encoder": TextRow("no pretraining", start="random", finetuned=False),
+    "language_model": TextRow("no pretraining on histories", start="backbone", finetuned=False),
     "two_stage": TextRow("reference"),
     "two_stage_faithful": TextRow("the published code's habits", settings=FAITHFUL),
     "no_two_stage": TextRow("items of the pretrained model, frozen", settings={"stages": (2,)}),
@@ -58,39 +57,43 @@ TEXT_ROWS = {
     "frozen_words": TextRow("word table frozen", settings={"freeze": ("word_table",)}),
     "no_item_positions_and_types": TextRow("two tables switched off", settings={"switched_off": TABLES}),
     "no_pretraining": TextRow("random weights", start="random"),
+    "language_model_two_stage": TextRow("no pretraining on histories", start="backbone"),
 }
 
 
 def run_text_rows(
     rows: Sequence[str], texts: TextSet, start: RecFormer, *, seed: int, run_dir: Path, device: str = "cpu",
     devices: int = 1, overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    skipped: Mapping[str, str] | None = None, progress: bool = False,
+    skipped: Mapping[str, str] | None = None, progress: bool = False, backbone: RecFormer | None = None,
 ) -> list[RowResult]:  # fmt: skip
     """Run the named rows of `TEXT_ROWS` on one set, one pretrained encoder and one seed; finished ones are read back.
 
     `overrides` maps a row, or "all", to settings of `TwoStageConfig`; `skipped` maps a row that is not to be run to the
-    reason. A row that breaks becomes a result with its reason. Raises `InputError` for an unknown row or setting.
+    reason. `backbone` is the language model as it was before pretraining, which the rows `language_model*` start from.
+    A row that breaks becomes a result with its reason. Raises `InputError` for an unknown row or setting, and for a row
+    that lacks its backbone.
     """
     overrides, skipped = overrides or {}, skipped or {}
     for row in [*rows, *(set(overrides) - {"all"}), *skipped]:
         if row not in TEXT_ROWS or row not in rows:
             raise InputError(f"row {row!r} is unknown{closest(row, rows)}; expected one of {sorted(TEXT_ROWS)}")
+        if TEXT_ROWS[row].start == "backbone" and backbone is None and row not in skipped:
+            raise InputError(f"row {row!r} needs backbone=..., the language model as it was before pretraining")
     plans = {row: _config(row, overrides) for row in rows}
-    started, results = weights_digest(start), []
+    digests, results = {id(each): weights_digest(each) for each in (start, backbone) if each is not None}, []
     for row, training in plans.items():
-        settings = {"start": TEXT_ROWS[row].start, "texts": TEXT_ROWS[row].texts, "encoder": asdict(start.config)}
+        preset = TEXT_ROWS[row]
+        model = backbone if preset.start == "backbone" and backbone is not None else start
+        settings = {"start": preset.start, "texts": preset.texts, "encoder": asdict(model.config)}
         parameters = json.loads(json.dumps(settings | (asdict(training) if training else {})))
         if row in skipped:
-            results.append(_without_ranks(row, parameters, "not_attempted", skipped[row], {}, ""))
+            results.append(RowResult(row, preset.changed, parameters, "not_attempted", skipped[row]))
             continue
-        key = {"row": row, "parameters": parameters, "seed": seed, "weights": started, "code": code_hash(_CODE)}
+        key = {"seed": seed, "weights": digests[id(model)]} | texts.identity
         folder = Path(run_dir) / "rows" / row
-        results.append(_cached(
-            row, parameters, key | texts.identity, folder,
-            lambda row=row, training=training, folder=folder: _ranked(
-                row, training, texts, start, seed, folder, device, devices, progress
-            ),
-        ))  # fmt: skip
+        run = partial(_ranked, row, training, texts, model, seed, folder, device, devices, progress)
+        stages = ("stage1", "stage2")
+        results.append(cached_row(row, preset.changed, parameters, key, folder, _CODE, run, parts=stages))
     return results
 
 
@@ -117,10 +120,10 @@ def _ranked(row, training, texts: TextSet, start: RecFormer, seed, folder, devic
     if preset.start == "random":
         seed_everything(seed)
     make: dict[str, Callable] = {
-        "pretrained": lambda: start, "permuted_words": lambda: with_permuted_words(start, seed),
-        "random": lambda: RecFormer(start.config), "bag_of_words": lambda: BagOfWords(start),
+        "permuted_words": lambda: with_permuted_words(start, seed), "random": lambda: RecFormer(start.config),
+        "bag_of_words": lambda: BagOfWords(start),
     }  # fmt: skip
-    model = make[preset.start]()
+    model = make.get(preset.start, lambda: start)()
     if training is None:
         return text_ranks(model.to(device), texts, "test"), [], (0, 0.0)
     if devices > 1:
@@ -130,39 +133,3 @@ def _ranked(row, training, texts: TextSet, start: RecFormer, seed, folder, devic
         found = two_stage(model, texts, training, seed=seed, folder=folder, device=device, progress=progress)
     ranks = text_ranks(found.model, texts, "test", items_ID=found.items_ID.to(device))
     return ranks, found.curve, (found.tokens, found.cpu_s - found.here_cpu_s)
-
-
-def _cached(row: str, parameters: dict, key: dict, folder: Path, run: Callable) -> RowResult:
-    finished = folder / "row.json"
-    if finished.is_file():
-        stored = json.loads(finished.read_text(encoding="utf-8"))
-        if stored["key"] == key:
-            return RowResult(**stored["result"], ranks=Ranks.load(folder / "ranks.parquet"))
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "stage1", folder / "stage2"):
-        place.mkdir(exist_ok=True)
-        forget_other_runs(place, key)
-    commit, dirty = commit_state(_CODE)
-    meter = Meter()
-    try:
-        ranks, curve, spent = run()
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a broken row is a row of the table
-        LOGGER.exception("row %s failed", row)
-        status = "out_of_memory" if isinstance(error, MemoryError) or "out of memory" in str(error) else "failed"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _without_ranks(row, parameters, status, reason, meter.read(), commit)
-    cost = meter.read(*spent)
-    cost["wall_s"] = round(max(cost["wall_s"], sum(entry["seconds"] for entry in curve)), 2)
-    result = {"row": row, "changed": TEXT_ROWS[row].changed, "parameters": parameters, "status": "ok", "reason": None,
-              "curve": curve, "cost": cost, "commit": commit + ("-dirty" if dirty else "")}  # fmt: skip
-    ranks.save(folder / "ranks.parquet")
-    partial = folder / f"row.json.partial-{os.getpid()}"
-    partial.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
-    os.replace(partial, finished)
-    return RowResult(**result, ranks=ranks)
-
-
-def _without_ranks(row: str, parameters: dict, status: str, reason: str, cost: dict, commit: str) -> RowResult:
-    return RowResult(row, TEXT_ROWS[row].changed, parameters, status, reason, None, [], cost, commit)

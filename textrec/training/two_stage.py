@@ -25,7 +25,8 @@ from textrec.seeding import derive_seed, generator
 from textrec.training import losses
 from textrec.training.batches import GlobalBatches
 from textrec.training.checkpoints import check_identity
-from textrec.training.pretraining import adamw_with_linear_decay, save_tokenizer
+from textrec.training.optimizers import adamw_with_linear_decay
+from textrec.training.pretraining import save_tokenizer
 from textrec.training.strategies import PRECISIONS, STRATEGIES, DistributedModule, trainer_for
 from textrec.training.text_batches import ExampleBatches
 from textrec.training.text_ranking import PACKED, TextSet, item_table, text_ranks, weights_digest
