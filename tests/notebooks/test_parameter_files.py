@@ -1,11 +1,13 @@
 """Every parameter file is loaded against the notebook that it claims to configure."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from textrec.data.preparing import known_sets
+from textrec.models.recformer import PRESETS as RECFORMERS
 from textrec.paths import NOTEBOOKS, PARAMETERS
 from textrec.study.claims import load_claims
 from textrec.study.parameters import (
@@ -19,6 +21,8 @@ from textrec.study.parameters import (
 )
 from textrec.training import rows
 from textrec.training.presets import PRESETS
+from textrec.training.pretraining import PretrainingConfig
+from textrec.training.text_rows import TEXT_ROWS
 
 NUMBERS = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
 FILES = sorted(path for scale in SCALES for path in (PARAMETERS / scale).glob("[0-9]*.yaml"))
@@ -38,11 +42,17 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
     for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
         assert name in known_sets(), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
-        assert row in PRESETS or row == "all", f"{row} is no row"
+        assert row in PRESETS or row in TEXT_ROWS or row == "all", f"{row} is no row"
     if number == "01":  # every setting has a name that its row knows and a value that its configuration accepts
         assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
         for row in (values["reference"], *values["rows"]):
             rows._plan(row, SimpleNamespace(num_items=100), values["overrides"])
+    if number == "02":
+        training, changes = PretrainingConfig(**values["pretraining"]), dict(values["encoder"])
+        start = RECFORMERS[changes.pop("preset")] if values["backbone"] == "random" else RECFORMERS["base"]
+        config = replace(start, **changes)
+        assert training.max_steps > training.warmup_steps and config.max_tokens <= start.max_tokens
+        assert len(values["held_out_datasets"]) == 1 and values["skipped"].keys() <= set(values["rows"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)
