@@ -83,6 +83,10 @@ def test_a_misspelt_word_is_answered_with_the_closest(arguments, hint):
         (("data", "prepare", "synthetic", "--choice", "split"), "name=value"),
         (("data", "prepare", "synthetic", "--choice", "time_tie_rul=hash"), "time_tie_rule"),
         (("run", "99"), "99"),
+        (("convert", "no/such/checkpoint", "out"), "no/such/checkpoint"),
+        (("convert", "README.md", "textrec"), "textrec exists"),
+        (("convert", "README.md", "out"), "README.md cannot be read"),
+        (("convert", "no-such-set", "out", "--to", "recbole_atomic"), "no-such-set"),
         (("recommend", "--run", "absent", "--row", "popularity", "--user", "u1"), "absent"),
     ],
 )
@@ -194,3 +198,67 @@ def test_a_model_of_another_version_of_the_set_is_refused(monkeypatch, capsys, r
     record.write_text(json.dumps({"dataset": {"name": "synthetic", "fingerprint": "0"}}), encoding="utf-8")
     assert run_main(monkeypatch, "recommend", "--run", str(run_dir), "--row", "sasrec_ce", "--user", "7") == 2
     assert "run it again" in capsys.readouterr().err
+
+
+PUBLISHED = {  # our names and RecFormer's, as far as they differ
+    "encoder.word_table": "longformer.embeddings.word_embeddings",
+    "encoder.position_table": "longformer.embeddings.position_embeddings",
+    "encoder.type_table": "longformer.embeddings.token_type_embeddings",
+    "encoder.item_position_table": "longformer.embeddings.item_position_embeddings",
+    "encoder.embedding_norm": "longformer.embeddings.LayerNorm",
+    "encoder.blocks.0.attention_output": "longformer.encoder.layer.0.attention.output.dense",
+    "encoder.blocks.0.attention_norm": "longformer.encoder.layer.0.attention.output.LayerNorm",
+    "encoder.blocks.0.attention": "longformer.encoder.layer.0.attention.self",
+    "encoder.blocks.0.enter": "longformer.encoder.layer.0.intermediate.dense",
+    "encoder.blocks.0.leave": "longformer.encoder.layer.0.output.dense",
+    "encoder.blocks.0.forward_norm": "longformer.encoder.layer.0.output.LayerNorm",
+    "head.dense": "lm_head.dense",
+    "head.norm": "lm_head.layer_norm",
+    "head.decoder": "lm_head.decoder",
+}
+
+
+def test_a_published_recformer_becomes_a_folder_of_ours(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from textrec.models.recformer import RecFormerConfig, RecFormerForPretraining
+
+    config = RecFormerConfig(
+        vocabulary_size=30, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=12, num_positions=22,
+        max_tokens=20, max_items=4, attention_window=4,
+    )  # fmt: skip
+    model = RecFormerForPretraining(config).eval()
+    published = {}
+    for name, value in model.state_dict().items():
+        ours = max((each for each in PUBLISHED if name.startswith(each + ".")), key=len)
+        published[f"_forward_module.model.{PUBLISHED[ours]}{name.removeprefix(ours)}"] = value
+    settings = {
+        "model_type": "longformer", "hidden_act": "gelu", "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 12, "max_position_embeddings": 22, "pad_token_id": 1,
+        "layer_norm_eps": 1e-5, "token_type_size": 4, "max_item_embeddings": 5, "max_token_num": 20,
+        "attention_window": [4],
+    }  # fmt: skip
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    torch.save({"state_dict": published}, theirs / "pytorch_model.bin")
+    (theirs / "config.json").write_text(json.dumps(settings))
+    assert run_main(monkeypatch, "convert", str(theirs), str(tmp_path / "ours")) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'ours'}\n"
+    converted = RecFormerForPretraining.from_pretrained(tmp_path / "ours")
+    packed = torch.tensor([0, 5, 6, 7]), torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 1]), torch.tensor([4])
+    scores = [each(*packed, torch.arange(4)) for each in (model, converted)]
+    assert converted.config == config and torch.equal(*scores) and scores[0].std() > 0
+    assert run_main(monkeypatch, "convert", str(theirs / "pytorch_model.bin"), str(tmp_path / "again")) == 2
+    told = capsys.readouterr().err
+    assert (
+        told.startswith(f"textrec: {theirs / 'pytorch_model.bin'} does not fit") and not (tmp_path / "again").exists()
+    )
+
+
+def test_a_set_is_written_in_another_format(tmp_path, monkeypatch, capsys):
+    from textrec.data.sources import recbole_atomic
+
+    monkeypatch.setattr(cli, "load", lambda name, raw: name)
+    monkeypatch.setattr(recbole_atomic, "export", lambda prepared, folder: folder / prepared)
+    assert run_main(monkeypatch, "convert", "mine", str(tmp_path), "--to", "recbole_atomic") == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'mine'}\n"

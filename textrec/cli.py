@@ -223,21 +223,33 @@ def recommend(
 
 @app.command()
 def convert(
-    name: Annotated[str, typer.Argument(help="A known or a prepared set.")],
-    to: Annotated[Format, typer.Option(help="RecBole's atomic files or RecFormer's finetuning folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to write <name>/ into.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint, file or folder; with --to, a known or a prepared set.")],
+    folder: Annotated[Path, typer.Argument(help="The new folder of the model; with --to, where <set>/ is written.")],
+    to: Annotated[Format | None, typer.Option(help="RecBole's atomic files or RecFormer's finetuning folder.")] = None,
+    like: Annotated[Path | None, typer.Option(help="A saved sequence model of that shape, if none is beside.")] = None,
     raw: RawOption = None,
 ) -> None:
-    """Write a set in another project's format. With its order and, for RecFormer, its split.
+    """Write a checkpoint as a model folder, or with --to a set in another project's format.
+
+    A checkpoint is what a training left (last.ckpt, also ZeRO's folder of shards), or a RecFormer, Longformer, RoBERTa
+    or BERT under its published names. ZeRO's shards are pickles, which can run code: convert only files you trust.
 
     \b
-    Example:
-      textrec convert amazon-2018-scientific --to recbole_atomic --out export
+    Examples:
+      textrec convert pretraining/last.ckpt pretrained
+      textrec convert longformer-base-4096 start
+      textrec convert amazon-2018-scientific export --to recbole_atomic
     """
+    if to is None:
+        from textrec.training.consolidation import convert as convert_checkpoint
+
+        convert_checkpoint(Path(source), folder, like)
+        typer.echo(f"wrote {folder}")
+        return
     from importlib import import_module
 
     module = import_module(f"textrec.data.sources.{to.value}")
-    typer.echo(f"wrote {module.export(load(name, raw), out)}")
+    typer.echo(f"wrote {module.export(load(source, raw), folder)}")
 
 
 @app.command()

@@ -7,13 +7,20 @@ import pytest
 import torch
 from training.conftest import write_ring
 from training.distributed_script import CONFIG, train
+from training.text_sets import SMALL, brand_set
 
+from textrec.data.item_text import item_attributes
+from textrec.data.tokenizing import train_tokenizer
+from textrec.models.recformer import RecFormer, RecFormerForPretraining
 from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.models.sequence_model import SequenceModel
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training.consolidation import consolidate, convert, read_zero
 from textrec.training.launch import launch
+from textrec.training.pretraining import PretrainingConfig, pretrain
+from textrec.training.text_ranking import TextSet, text_ranks
+from textrec.training.two_stage import TwoStageConfig, two_stage
 
 STAGES = ["deepspeed_stage_2", "deepspeed_stage_3"]
 
@@ -103,5 +110,58 @@ def test_mistakes_are_one_sentence(ring, tmp_path):
         consolidate(tmp_path / "other.pt")
     train(str(ring.folder), str(tmp_path), ["auto"], max_epochs=1)
     SASRec(SASRecConfig(num_items=30, max_sequence_length=8, embedding_dim=16)).save_pretrained(tmp_path / "wider")
-    with pytest.raises(InputError, match=r"does not fit .*: blocks.0.* has shape \(15,\) in the checkpoint, \(16,\)"):
+    with pytest.raises(InputError, match=r"last.ckpt does not fit SASRec: of another shape: .* \(15,\) for \(16,\)"):
         convert(tmp_path / "auto" / "last.ckpt", tmp_path / "converted", like=tmp_path / "wider")
+    torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
+    (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "empty.ckpt").touch()
+    whole = (tmp_path / "auto" / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    for name, message in (
+        *((name, "cannot be read") for name in ("garbage.ckpt", "garbage.safetensors", "empty.ckpt", "cut.ckpt")),
+        ("other.pt", "holds no state_dict"), ("foreign.ckpt", "holds no saved model"), ("ring", "holds no weights"),
+        ("neither/here/nor/there", "no pretrained model"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / name, tmp_path / "converted")
+    assert not list(tmp_path.glob("converted*"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine exists: expected the name of a new folder"):
+        convert(tmp_path / "auto" / "last.ckpt", tmp_path / "mine")
+
+
+def test_text_models_know_their_shape(tmp_path, monkeypatch):
+    """With a model of another shape beside them, and without any: the last model, its tokenizer and its ranks."""
+    prepared = [brand_set(tmp_path / str(seed), seed, num_users=12) for seed in range(2)]
+    tokenizer = train_tokenizer(item_attributes(prepared[0].catalogue), 400)
+    sets = [TextSet.of(each, tokenizer) for each in prepared]
+    settings = {"max_steps": 2, "batch_size": 8, "validate_every_steps": 2, "validation_batch": 8, "select_by": "last"}
+    seed_everything(0)
+    start = RecFormerForPretraining(SMALL)
+    pretrained = pretrain(start, sets[:1], PretrainingConfig(learning_rate=1e-2, **settings), seed=0,
+                          folder=tmp_path / "pretrained", held_out=sets[1])  # fmt: skip
+    convert(tmp_path / "pretrained" / "last.ckpt", tmp_path / "one")
+    one = RecFormerForPretraining.from_pretrained(tmp_path / "one")
+    assert (tmp_path / "one" / "tokenizer.json").is_file()
+    training = TwoStageConfig(stages=(1,), max_epochs=1, batch_size=8, learning_rate=1e-2, warmup_steps=0)
+    finetuned = two_stage(one.encoder, sets[0], training, seed=0, folder=tmp_path / "finetuned")
+    convert(tmp_path / "finetuned" / "stage1" / "last.ckpt", tmp_path / "two")
+    two = RecFormer.from_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / "tokenizer.json").is_file()
+    for converted, expected in ((one.encoder, pretrained.model.encoder), (two, finetuned.model)):
+        assert all(torch.equal(value, converted.state_dict()[name]) for name, value in expected.state_dict().items())
+        ranks = [text_ranks(each, sets[1], "test").kept.higher_U for each in (converted, expected)]
+        assert (ranks[0] == ranks[1]).all() and ranks[0].any()
+    assert torch.equal(one.head.decoder.weight, pretrained.model.head.decoder.weight)
+    assert not torch.equal(two.blocks[0].enter.weight, one.encoder.blocks[0].enter.weight)
+    assert not list(tmp_path.glob("*.partial-*"))
+
+    def killed(self, folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RecFormer, "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "finetuned" / "stage1" / "last.ckpt", tmp_path / "three")
+    assert not list(tmp_path.glob("three*"))

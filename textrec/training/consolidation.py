@@ -2,13 +2,17 @@
 
 import contextlib
 import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from textrec.data.storage import staged_folder
+from textrec.models.saving import load_exactly
 from textrec.schema import InputError
 
 _DEEPSPEEDS_OWN = {"module", "optimizer", "lr_scheduler", "data_sampler", "random_ltd"}
@@ -30,36 +34,66 @@ def consolidate(path: Path) -> dict[str, Tensor]:
 
     Raises `InputError` where `path` is neither, or where shards are missing.
     """
-    path = Path(path)
+    return _weights_and_rest(Path(path))[0]
+
+
+def _weights_and_rest(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.is_file():
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        if "state_dict" not in stored:
+        rest = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(rest, dict) or "state_dict" not in rest:
             raise InputError(f"{path} holds no state_dict: expected a checkpoint of a training")
-        weights = stored["state_dict"]
+        weights = rest["state_dict"]
     else:
-        weights = read_zero(path, moments=False).weights
-    return {name.removeprefix("model."): value for name, value in weights.items()}
+        found = read_zero(path, moments=False)
+        weights, rest = found.weights, found.rest
+    return {name.removeprefix("model."): value for name, value in weights.items()}, rest
 
 
 def convert(path: Path, folder: Path, like: Path | None = None) -> None:
-    """Write the checkpoint `path` as a model that `from_pretrained(folder)` loads.
+    """Write the checkpoint `path` as a model that `from_pretrained(folder)` loads, with its tokenizer where it is near.
 
-    `like` is the folder of a saved model of the same shape; by default the best model so far, which the training that
-    wrote the checkpoint keeps beside it. Raises `InputError` where the two do not fit.
+    `path` is the checkpoint of a training, or a RecFormer, Longformer, RoBERTa or BERT under its published names (see
+    `load_recformer`). `like` is the folder of a saved sequence model of the same shape; by default the best one so far,
+    which the training keeps beside its checkpoint. A text model's checkpoint knows its shape. Raises `InputError` where
+    `folder` exists, where `path` cannot be read, or where names and shapes do not fit.
     """
+    from safetensors import SafetensorError
+
+    path, folder = Path(path), Path(folder)
+    if folder.exists():
+        raise InputError(f"{folder} exists: expected the name of a new folder")
+    try:
+        model = _read_model(path, like)
+    except (RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read: expected a whole file of tensors alone ({reason})") from error
+    near = (place / "tokenizer.json" for place in (path, path.parent / "model", path.parent.parent / "model"))
+    with staged_folder(folder) as partial:
+        model.save_pretrained(partial)
+        for tokenizer in [file for file in near if file.is_file()][:1]:
+            shutil.copy(tokenizer, partial)
+
+
+def _read_model(path: Path, like: Path | None):
+    from textrec.models.pretrained import load_recformer, read_weights
+    from textrec.models.recformer import RecFormer, RecFormerConfig, RecFormerForPretraining
     from textrec.models.sequence_model import SequenceModel
 
-    path = Path(path)
-    like = Path(like) if like else path.parent / "model"
-    model, weights = SequenceModel.from_pretrained(like), consolidate(path)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
-            raise InputError(f"{path} does not fit {like}: {name} has shape {found.get(name)} in the checkpoint, "
-                             f"{shapes.get(name)} in the model")  # fmt: skip
-    model.load_state_dict(weights)
-    model.save_pretrained(folder)
+    published = not (path / "latest").is_file()
+    if path.is_file():
+        stored = read_weights(path)
+        published = isinstance(stored, dict) and any(name.endswith("word_embeddings.weight") for name in stored)
+    if published:
+        return load_recformer(path)
+    weights, rest = _weights_and_rest(path)
+    identities = [state["identity"] for state in rest.get("callbacks", {}).values() if "identity" in state]
+    if "word_table.weight" in weights or "encoder.word_table.weight" in weights:
+        kind = RecFormer if "word_table.weight" in weights else RecFormerForPretraining
+        model = kind(RecFormerConfig(**identities[0]["model"]))
+    else:
+        model = SequenceModel.from_pretrained(like or path.parent / "model")
+    load_exactly(model, weights, path)
+    return model
 
 
 def read_zero(folder: Path, moments: bool = True) -> ZeroCheckpoint:
