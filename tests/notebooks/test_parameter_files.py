@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from textrec.data.preparing import known_sets
+from textrec.data.preparing import find_recipe
 from textrec.models.recformer import PRESETS as RECFORMERS
 from textrec.paths import NOTEBOOKS, PARAMETERS
 from textrec.study.claims import load_claims
@@ -40,7 +40,7 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
     values = resolve_parameters(number, scale, variant)
     assert values["scale"] == scale
     for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
-        assert name in known_sets(), f"{name} is in no line of sets.yaml"
+        assert find_recipe(name), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
         assert row in PRESETS or row in TEXT_ROWS or row == "all", f"{row} is no row"
     if number == "01":  # every setting has a name that its row knows and a value that its configuration accepts
