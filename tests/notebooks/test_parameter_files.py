@@ -19,7 +19,7 @@ from textrec.study.parameters import (
     resolve_parameters,
     variants,
 )
-from textrec.training import rows
+from textrec.training import rows, text_rows
 from textrec.training.presets import PRESETS
 from textrec.training.pretraining import PretrainingConfig
 from textrec.training.text_rows import TEXT_ROWS
@@ -53,6 +53,16 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
         config = replace(start, **changes)
         assert training.max_steps > training.warmup_steps and config.max_tokens <= start.max_tokens
         assert len(values["held_out_datasets"]) == 1 and values["skipped"].keys() <= set(values["rows"])
+    if number == "03":
+        PretrainingConfig(**values["pretraining"])
+        order, ids = [values["reference"], *values["rows"]], values["id_rows"]
+        assert {*values["overrides"], *values["skipped"]} <= {"all", *order} and "zero_shot" in order
+        for row in order:
+            text_rows._config(row, values["overrides"])
+        for row in ids:
+            rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
+        gates = {name.removesuffix("_cold_items") for gate in values["gates"] for name in gate}
+        assert gates <= {*order, *ids} and {len(gate) for gate in values["gates"]} == {2}
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)

@@ -15,7 +15,8 @@ from textrec.study.claims import Claim, find_claim, judge, judge_rows, load_clai
 OURS = {"split": "leave_one_out", "validation": "all", "ranking": "full", "seen": "filtered", "ties": "expected",
         "time_tie_rule": "given"}  # fmt: skip
 LEVEL = Claim(id="paper/model/ndcg@10", paper="Paper", where="table 1", system="Model", dataset="set",
-              protocol={"split": "leave_one_out", "ranking": "full"}, metric="ndcg@10", value=0.2, row="model")
+              protocol={"split": "leave_one_out", "ranking": "full"}, metric="ndcg@10", value=0.2,
+              row="model")  # fmt: skip
 
 
 def judged(claim, value, low=None, high=None, **changes):
@@ -53,6 +54,8 @@ def test_a_row_has_one_judging_claim_per_metric_and_protocol_beside_the_gates():
         ("esasrec-beauty/sasrec-plus-ss/ndcg@10", "amazon-2014-beauty-p5", 0.0531, "sasrec_ss"),
         ("rectools-hstu/hstu-large/ndcg@200", "ml-1m-w3", 0.3015, None),
         ("ml-1m-txt/statistics/interactions", "ml-1m-w1", 999611, "statistics"),
+        ("recformer-paper-scientific/recformer/ndcg@10", "amazon-2018-Industrial_and_Scientific", 0.1027, "two_stage"),
+        ("recformer-scientific/recformer-over-sasrec/ndcg@10", "amazon-2018-scientific", 0.023, "two_stage"),
         ("gate-ml1m/sasrec-ce/recall@10", "ml-1m-w1", 0.305, "sasrec_ce"),
         ("gate-beauty/sasrec-ss/ndcg@10", "amazon-2014-beauty-p5", 0.050, "sasrec_ss"),
     ],
@@ -71,6 +74,17 @@ def test_orderings_and_ratios_are_computed_from_their_systems():
     ordering = find_claim("gsasrec-pytorch/gsasrec-over-sasrec-bce/ndcg@10")
     assert (ordering.value, ordering.row, ordering.over) == (pytest.approx(0.1726 - 0.1259), "gsasrec", "sasrec_bce")
     assert find_claim("dross/sasrec-plus-per-sasrec/ndcg@10").value == pytest.approx(0.1821 / 0.1341, abs=1e-6)
+
+
+def test_recformers_levels_are_of_its_own_preparation_and_elsewhere_only_orders_are_held():
+    claims = [claim for claim in load_claims().values() if claim.id.startswith("recformer-")]
+    for claim in claims:
+        assert (claim.kind == "ordering") != claim.id.startswith("recformer-paper-")
+        assert claim.row is None or claim.kind == "level" or claim.over
+    orders = [claim for claim in claims if claim.over]
+    assert len(orders) > 5 and not any(mismatch(claim, OURS, claim.dataset) for claim in orders)
+    for claim in (claim for claim in claims if claim.kind == "level"):  # no marker of a table that filters seen items
+        assert "seen: published under kept" in mismatch(claim, OURS, claim.dataset)
 
 
 def test_an_unknown_claim_is_answered_with_the_closest():
