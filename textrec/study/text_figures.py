@@ -32,18 +32,14 @@ def pretraining_data(curve: Sequence[Mapping], training, num_items: int, vocabul
     """
     rule = {"in_batch": "in_batch", "zero_shot": "ndcg@10", "last": "step"}[training.select_by]
     validated = [entry for entry in curve if "in_batch" in entry]
-    batches = {"train": training.batch_size // training.accumulate, "held out": training.validation_batch}
+    train, held_out = training.batch_size // training.accumulate, training.validation_batch
     guess = Counts(np.array([0]), np.array([num_items - 1]), np.array([num_items]))  # all tie
-    words = 2 * float(np.log(vocabulary_size))
-    chance = {
-        "train_in_batch": 1 / batches["train"],
-        "train_contrast": float(np.log(batches["train"])),
-        "in_batch": 1 / batches["held out"],
-        "validation_contrast": float(np.log(batches["held out"])),
-        "ndcg@10": mean_metrics(guess, ks=(10,))["ndcg@10"],
-    } | dict.fromkeys(("train_mlm", "validation_mlm"), words)
+    words = float(2 * np.log(vocabulary_size))
+    chance = {"train_in_batch": 1 / train, "in_batch": 1 / held_out, "train_contrast": float(np.log(train)),
+              "validation_contrast": float(np.log(held_out)), "train_mlm": words, "validation_mlm": words,
+              "ndcg@10": mean_metrics(guess, ks=(10,))["ndcg@10"]}  # fmt: skip
     return {"curve": list(curve), "untrained": validated[0], "kept": max(validated[1:], key=lambda e: e[rule]),
-            "chance": chance, "batches": batches}  # fmt: skip
+            "chance": chance, "batches": {"train": train, "held out": held_out}}  # fmt: skip
 
 
 def plot_pretraining(data: Mapping):
@@ -59,11 +55,9 @@ def plot_pretraining(data: Mapping):
         ("tokens_per_s", None, "real tokens per second"),
         ("peak_share", None, "share of the device's peak"),
     ]
-    known_peak = any(entry.get("peak_share") for entry in data["curve"])
+    layout = "AB;CD;EF" if any(entry.get("peak_share") for entry in data["curve"]) else "AB;CD;EE"
     with house_style():
-        figure, grid = plt.subplot_mosaic(
-            "AB;CD;EF" if known_peak else "AB;CD;EE", figsize=(WIDTH, 6.4), height_ratios=[1, 1, 0.7]
-        )
+        figure, grid = plt.subplot_mosaic(layout, figsize=(WIDTH, 6.4), height_ratios=[1, 1, 0.7])
         for axes, (trained, watched, title) in zip(grid.values(), panels, strict=False):
             for key, colour, style in ((trained, PALETTE[4], "-"), (watched, PALETTE[0], "o-")):
                 points = [(entry["step"], entry[key]) for entry in data["curve"] if entry.get(key) is not None]
