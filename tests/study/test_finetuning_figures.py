@@ -53,7 +53,7 @@ def test_every_row_is_drawn_with_its_ring_its_diamonds_and_the_line_through_it()
     assert [bar.get_width() for bar in axes.patches] == [0.1, 0.09]
     assert drawn(figure, "o") == pytest.approx([0.05, 0.045]) and set(drawn(figure, "d")) >= {0.1027, 0.0722}
     texts = [text.get_text() for text in axes.texts]
-    assert "RuntimeError: the loss is nan at step 900" in texts and "sasrec_ce, trained" in texts
+    assert texts == ["RuntimeError: the loss is nan at step 900", "sasrec_ce"]
 
 
 def test_slices_are_lines_and_a_set_without_cold_targets_has_no_such_point():
@@ -91,4 +91,4 @@ def test_a_row_has_one_colour_in_every_panel():
     both, single = figures.plot_lines(
         [("x", "y", figures.run_lines(results)), ("x", "y", figures.run_lines(only_b))]
     ).axes
-    assert both.lines[1].get_color() == single.lines[1].get_color() != both.lines[0].get_color()
+    assert both.lines[1].get_color() == single.lines[0].get_color() != both.lines[0].get_color()

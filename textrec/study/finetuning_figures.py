@@ -18,20 +18,18 @@ def row_data(group: Sequence[Record], rows: Sequence[str], lines: Sequence[str] 
 
     Published levels are those of the notebook's claims, whose papers keep seen items among the candidates.
     """
-    first, found = group[0], {row["row"]: row for row in merged_rows(group)}
-    told = {
-        name: {"row": name, "status": row["reason"] or row["status"]} | row["metrics"].get(metric, {})
-        | {"kept": row["slices"].get("seen_kept", {}).get(metric, {}).get("value")}
-        for name, row in found.items()
-    }  # fmt: skip
-    kept, name = first.protocol | {"seen": "kept"}, first.dataset["name"]
+    first, kept, told = group[0], group[0].protocol | {"seen": "kept"}, {}
+    for row in merged_rows(group):
+        with_seen = row["slices"].get("seen_kept", {}).get(metric, {})
+        told[row["row"]] = {"row": row["row"], "status": row["reason"] or row["status"], "kept": with_seen.get("value")}
+        told[row["row"]] |= row["metrics"].get(metric, {})
     published = [
         {"row": claim.row or claim.beside, "system": claim.system, "value": claim.value, "claim": claim.id}
         for claim in load_claims().values()
         if (claim.kind, claim.metric, claim.notebook) == ("level", metric, first.notebook) and first.scale != "smoke"
-        and (claim.row or claim.beside) in rows and not mismatch(claim, kept, name)
+        and (claim.row or claim.beside) in rows and not mismatch(claim, kept, first.dataset["name"])
     ]  # fmt: skip
-    return {"dataset": name, "metric": metric, "rows": [told[row] for row in rows if row in told],
+    return {"dataset": first.dataset["name"], "metric": metric, "rows": [told[row] for row in rows if row in told],
             "lines": [told[row] for row in lines if "value" in told.get(row, {})], "published": published}  # fmt: skip
 
 
@@ -52,18 +50,15 @@ def plot_rows(data: Mapping):
             axes.plot(row["kept"], y, "o", color="black", markerfacecolor="white", markersize=5)
         for line in data["lines"]:
             axes.axvline(line["value"], color=GREY, linestyle="--", linewidth=1.2)
-            axes.annotate(f"{line['row']}, trained", (line["value"], -0.55), xytext=(3, 0), color=GREY, fontsize=8,
-                          textcoords="offset points", va="bottom", annotation_clip=False)  # fmt: skip
+            axes.text(line["value"], -0.65, line["row"], color=GREY, fontsize=8, ha="center", va="bottom")
         for marker in data["published"]:
             axes.plot(marker["value"], place[marker["row"]] + 0.33, "d", color="black", fillstyle="none", markersize=7)
-        axes.plot([], [], "-", color="black", linewidth=1.3, label="95 % interval, seen items filtered")
-        axes.plot([], [], "o", color="black", markerfacecolor="white", markersize=5, label="seen items kept")
-        if data["published"]:
-            axes.plot([], [], "d", color="black", fillstyle="none", label="published, seen items kept")
+        names = {"-": "95 % interval, seen items filtered", "o": "seen items kept", "d": "published, seen items kept"}
+        for style in list(names)[: 3 if data["published"] else 2]:
+            axes.plot([], [], style, color="black", markerfacecolor="white", label=names[style])
         axes.set_yticks(range(len(place)), list(place))
-        axes.set_ylim(len(place) - 0.4, -0.6)
-        axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
+        axes.set(xlim=(0, None), ylim=(len(place) - 0.4, -0.6))
         axes.set_xlabel(f"{data['metric']}, full ranking, {data['dataset']}")
         figure.legend(loc="outside upper left", ncols=3, fontsize=8)
     return figure
@@ -79,12 +74,12 @@ def slice_data(group: Sequence[Record], rows: Sequence[str], metric: str = "ndcg
     ]  # fmt: skip
 
 
-def run_lines(results: Mapping[float, Sequence], metric: str = "ndcg@10", *, cost: str | None = None) -> list[dict]:
-    """Return lines {row, x, value, low, high} of `RowResult`s by what was varied (`x`): the metric, or a cost alone."""
+def run_lines(results: Mapping[float, Sequence], *, cost: str | None = None) -> list[dict]:
+    """Return lines {row, x, value, low, high} of `RowResult`s by what was varied (`x`): ndcg@10, or a cost alone."""
     lines = []
     for x, result in ((key, each) for key in sorted(results) for each in results[key] if each.ranks is not None):
-        measured = intervals(result.ranks.filtered, (int(metric.partition("@")[2]),))[metric]
-        lines.append({"row": result.row, "x": x} | ({"value": result.cost[cost]} if cost else measured))
+        told = {"value": result.cost[cost]} if cost else intervals(result.ranks.filtered, (10,))["ndcg@10"]
+        lines.append({"row": result.row, "x": x} | told)
     return lines
 
 
@@ -96,8 +91,9 @@ def plot_lines(panels: Sequence[tuple[str, str, Sequence[Mapping]]]):
     import matplotlib.pyplot as plt
 
     with house_style():
-        figure, ((*several,),) = plt.subplots(1, len(panels), figsize=(WIDTH, 3.4), squeeze=False)
-        names = list(dict.fromkeys(point["row"] for *_, lines in panels for point in lines))
+        widths = [2 + len({point["x"] for point in lines}) for *_, lines in panels]
+        figure, ((*several,),) = plt.subplots(1, len(panels), figsize=(WIDTH, 3.4), squeeze=False, width_ratios=widths)
+        names, handles = list(dict.fromkeys(point["row"] for *_, lines in panels for point in lines)), {}
         for axes, (xlabel, ylabel, lines) in zip(several, panels, strict=True):
             kinds = list(dict.fromkeys(point["x"] for point in lines))
             named = any(isinstance(kind, str) for kind in kinds)
@@ -107,17 +103,12 @@ def plot_lines(panels: Sequence[tuple[str, str, Sequence[Mapping]]]):
                 xs = [kinds.index(point["x"]) + aside if named else point["x"] for point in points]
                 low, high = ([point.get(side, np.nan) for point in points] for side in ("low", "high"))
                 axes.vlines(xs, low, high, color=colour, linewidth=1.2)
-                style = {"color": colour, "linewidth": 1.4, "marker": MARKERS[number % len(MARKERS)], "markersize": 5,
-                         "clip_on": False, "label": name if axes is several[0] else None}  # fmt: skip
-                axes.plot(xs, [p["value"] for p in points], **style)
-            if named:
-                axes.set_xticks(range(len(kinds)), kinds)
-            else:
-                axes.set_xscale("log")
-                axes.set_xticks(kinds, [f"{kind:g}" for kind in kinds])
-                axes.xaxis.set_minor_locator(plt.NullLocator())
-            axes.set_ylim(bottom=0)
-            axes.set_xlabel(xlabel)
-            axes.set_ylabel(ylabel)
-        figure.legend(loc="outside upper left", ncols=4, fontsize=8)
+                style = {"color": colour, "linewidth": 1.4, "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+                if points:
+                    handles[name], *_ = axes.plot(xs, [p["value"] for p in points], clip_on=False, **style)
+            axes.set_xscale("linear" if named else "log")
+            axes.set_xticks(range(len(kinds)) if named else kinds, kinds if named else [f"{k:g}" for k in kinds], fontsize=8)
+            axes.xaxis.set_minor_locator(plt.NullLocator())
+            axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, fontsize=8)
     return figure
