@@ -107,7 +107,8 @@ def plot_lines(panels: Sequence[tuple[str, str, Sequence[Mapping]]]):
                 if points:
                     handles[name], *_ = axes.plot(xs, [p["value"] for p in points], clip_on=False, **style)
             axes.set_xscale("linear" if named else "log")
-            axes.set_xticks(range(len(kinds)) if named else kinds, kinds if named else [f"{k:g}" for k in kinds], fontsize=8)
+            ticks = range(len(kinds)) if named else kinds
+            axes.set_xticks(ticks, [kind if named else f"{kind:g}" for kind in kinds], fontsize=8)
             axes.xaxis.set_minor_locator(plt.NullLocator())
             axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, fontsize=8)
