@@ -67,6 +67,18 @@ def test_a_table_equals_a_loop_and_copies_are_encoded_once(texts, encoder, monke
         torch.testing.assert_close(other, table, rtol=0, atol=1e-6)
 
 
+def test_texts_are_compared_a_block_of_items_at_a_time(texts, monkeypatch):
+    first_U, inverse_N = distinct_items(texts.tokens)
+    written = [
+        texts.tokens.token_ids_T[slice(*texts.tokens.offsets_I1[item : item + 2])].tobytes() for item in range(1, 241)
+    ]
+    assert len(first_U) == len(set(written)) == 237
+    assert [written[first_U[distinct]] for distinct in inverse_N] == written
+    monkeypatch.setattr(text_ranking, "ITEMS_AT_ONCE", 7)
+    for one, other in zip(distinct_items(texts.tokens), (first_U, inverse_N), strict=True):
+        assert (one == other).all()
+
+
 def test_processes_share_the_work_and_get_one_table(texts, encoder, monkeypatch):
     table, parts = item_table(encoder, texts, max_batch_tokens=200), []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda out: parts.append(out.clone()))

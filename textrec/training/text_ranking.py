@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PACKED = ("token_ids_T", "type_ids_T", "item_positions_T", "lengths_B")  # what `encode` reads, in this order
 MAX_BATCH_TOKENS = 16_384
+ITEMS_AT_ONCE = 1 << 14  # whose tokens are compared
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,18 @@ def item_table(
 
 def distinct_items(tokens: ItemTokens) -> tuple[np.ndarray, np.ndarray]:
     """Return one item (id - 1) for each distinct text, and which of them each item equals."""
-    codes_T = tokens.token_ids_T.astype(np.uint64) * np.uint64(4) + tokens.type_ids_T.astype(np.uint64)
-    place_T = np.arange(len(codes_T)) - np.repeat(tokens.offsets_I1[:-1], tokens.lengths_I)
-    mixed_T = (codes_T + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + place_T.astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        mixed_T = (mixed_T ^ (mixed_T >> np.uint64(shift))) * np.uint64(factor)
-    sums_T1 = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed_T)])  # modulo 2^64, as are the differences
-    hashes_I = sums_T1[tokens.offsets_I1[1:]] - sums_T1[tokens.offsets_I1[:-1]]
-    _, first_U, inverse_N = np.unique(hashes_I[1:], return_index=True, return_inverse=True)
+    hashes = []
+    for start in range(1, len(tokens.offsets_I1) - 1, ITEMS_AT_ONCE):
+        offsets_B1 = tokens.offsets_I1[start : start + ITEMS_AT_ONCE + 1]
+        part, offsets_B1 = slice(offsets_B1[0], offsets_B1[-1]), offsets_B1 - offsets_B1[0]
+        codes_T = tokens.token_ids_T[part].astype(np.uint64) * np.uint64(4) + tokens.type_ids_T[part].astype(np.uint64)
+        place_T = np.arange(len(codes_T)) - np.repeat(offsets_B1[:-1], np.diff(offsets_B1))
+        mixed_T = (codes_T + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + place_T.astype(np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            mixed_T = (mixed_T ^ (mixed_T >> np.uint64(shift))) * np.uint64(factor)
+        sums_T1 = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed_T)])  # modulo 2^64, as are the differences
+        hashes.append(sums_T1[offsets_B1[1:]] - sums_T1[offsets_B1[:-1]])
+    _, first_U, inverse_N = np.unique(np.concatenate(hashes), return_index=True, return_inverse=True)
     return first_U, inverse_N
 
 
