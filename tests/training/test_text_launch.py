@@ -58,8 +58,7 @@ def test_two_processes_train_what_one_does(sets, tmp_path):
     torch.testing.assert_close(one.items_ID, two.items_ID, rtol=0, atol=1e-4)
 
 
-_OUTSIDE = "RecFormer.encode adds parameters of its last block outside of the block, where fsdp has taken them apart"
-SHARES = [pytest.param("fsdp", marks=pytest.mark.xfail(reason=_OUTSIDE, strict=True)), "deepspeed_stage_2"]
+SHARES = ["fsdp", "deepspeed_stage_2"]
 FEW = replace(PRETRAINING, max_steps=2, learning_rate=5e-5, freeze_word_table=False)
 ONCE = replace(FINETUNING, stages=(1,), max_epochs=1)
 

@@ -82,7 +82,11 @@ class RecFormerBlock(nn.Module):
         attended = self.attention(x_TD, layout, first_only)
         x = x_TD[layout.starts_B] if first_only else x_TD
         x = self.attention_norm(x + self.dropout(self.attention_output(attended)))
-        return self.forward_norm(x + self.dropout(self.leave(F.gelu(self.enter(x)))))
+        x = self.forward_norm(x + self.dropout(self.leave(F.gelu(self.enter(x)))))
+        if first_only and torch.is_grad_enabled():  # what is left out stays a used parameter, with a gradient of zero
+            left_out = self.attention.query, self.attention.key, self.attention.value
+            x = x + 0.0 * sum(p.sum() for part in left_out for p in part.parameters() if p.requires_grad)
+        return x
 
 
 class RecFormer(Saved, nn.Module):
@@ -117,12 +121,7 @@ class RecFormer(Saved, nn.Module):
         x_TD, layout = self._embed(token_ids_T, type_ids_T, item_positions_T, lengths_B)
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, layout)
-        states_BD = self.blocks[-1](x_TD, layout, first_only=True)
-        if torch.is_grad_enabled():  # what the last block left out stays a used parameter, with a gradient of zero
-            last = self.blocks[-1].attention
-            unused = [p for part in (last.query, last.key, last.value) for p in part.parameters() if p.requires_grad]
-            states_BD = states_BD + 0.0 * sum(parameter.sum() for parameter in unused)
-        return states_BD
+        return self.blocks[-1](x_TD, layout, first_only=True)
 
     def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
         """Return the scores (B, I): cosine over the temperature (section 2.3)."""
