@@ -135,9 +135,11 @@ class Shelf:
 
 
 def test_a_history_is_named_by_user_or_by_items():
-    assert cli.history_of(Shelf, "anna", None) == [1, 2]
-    assert cli.history_of(Shelf, "ben", None) == [4]
-    assert cli.history_of(Shelf, None, ["d", "a"]) == [4, 1]
+    items = Shelf.catalogue["item"]
+    assert cli.history_of(Shelf, "anna", None, items) == [1, 2]
+    assert cli.history_of(Shelf, "ben", None, items) == [4]
+    assert cli.history_of(Shelf, None, ["d", "a"], items) == [4, 1]
+    assert cli.history_of(Shelf, None, ["new", "a"], [*items, "new"]) == [5, 1]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_a_history_is_named_by_user_or_by_items():
 )
 def test_an_unknown_history_is_refused(user, history, sentence):
     with pytest.raises(InputError, match=sentence):
-        cli.history_of(Shelf, user, history)
+        cli.history_of(Shelf, user, history, Shelf.catalogue["item"])
 
 
 def test_failed_runs_fail_the_command(monkeypatch, capsys):
@@ -191,6 +193,50 @@ def test_recommended_items_carry_titles_and_are_not_of_the_history(monkeypatch, 
     assert all(len(line.split()) > 2 for line in lines)
     scores = [float(line.split()[0]) for line in lines]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_new_items_are_recommended_by_their_texts_and_marked(monkeypatch, capsys, run_dir, tmp_path):
+    from training.text_sets import SMALL
+
+    from textrec.data.item_text import item_attributes
+    from textrec.data.preparing import prepare
+    from textrec.data.tokenizing import train_tokenizer
+    from textrec.models.recformer import RecFormer
+    from textrec.seeding import seed_everything
+    from textrec.training.pretraining import save_tokenizer
+
+    seed_everything(0)
+    place = run_dir / "rows" / "two_stage" / "model"
+    RecFormer(SMALL).save_pretrained(place)
+    save_tokenizer(train_tokenizer(item_attributes(prepare("synthetic").catalogue), 400), place)
+    new = [
+        {"item": "n1", "title": "Kettle &amp; cup", "brand": None, "category": ["Tea", "Cups"]},
+        {"item": "3", "title": "the set knows this one"},
+        {"item": "n2", "title": "Rope"},
+    ]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, new)), encoding="utf-8")
+
+    def told(row: str, *words: str) -> list[str]:
+        assert run_main(monkeypatch, "recommend", "--run", str(run_dir), "--row", row, *words) == 0
+        return capsys.readouterr().out.splitlines()
+
+    lines = told("two_stage", "--history", "3", "17", "4", "-k", "60")
+    assert {line.split()[1] for line in lines} == {str(item) for item in range(1, 61)} - {"3", "17", "4"}
+    added = ("--items", str(tmp_path / "new.jsonl"))
+    lines = told("two_stage", "--user", "7", "--keep-seen", "-k", "62", *added)
+    marked = [line for line in lines if line.endswith("  (new)")]
+    assert len(lines) == 62 and sorted(line.split()[1] for line in marked) == ["n1", "n2"]
+    assert any(line.endswith("n1  Kettle & cup  (new)") for line in marked)
+    assert "n2" not in {line.split()[1] for line in told("two_stage", "--history", "n2", "3", "-k", "61", *added)}
+    for words, named in (
+        (("--row", "sasrec_ce", "--user", "7", *added), "--items needs a row with a model that reads texts"),
+        (("--row", "two_stage", "--user", "7", "--items", "absent.jsonl"), "absent.jsonl is not a file"),
+        (("--row", "two_stage", "--user", "7", "-k", "63", *added), "k=63"),
+        (("--row", "zero_shot", "--user", "7"), "holds no saved model"),
+    ):
+        assert run_main(monkeypatch, "recommend", "--run", str(run_dir), *words) == 2
+        refusal = capsys.readouterr().err
+        assert refusal.startswith("textrec: ") and named in refusal and len(refusal.splitlines()) == 1
 
 
 def test_a_model_of_another_version_of_the_set_is_refused(monkeypatch, capsys, run_dir):

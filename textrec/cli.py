@@ -195,30 +195,43 @@ def recommend(
     history: Annotated[list[str] | None, typer.Option(help="Items by your own ids, oldest first.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Items of the history may come back.")] = False,
+    items: Annotated[Path | None, typer.Option(help="Your own file, for a row that reads texts.")] = None,
 ) -> None:
-    """Print the best next items with titles. For a user of the set, or for any history.
+    """Print the best next items with titles. For a user of the set, or any history; --items adds new ones.
 
     \b
     Examples:
       textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --user u7
       textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --history i3 i17 i4 -k 5
+      textrec recommend --run papermill_runs/smoke/03/seed0 --row two_stage --user u7 --items new_items.jsonl
     """
     import json
 
-    from textrec.models.sequence_model import SequenceModel
-
-    record = run_dir / "record.json"
+    record, folder = run_dir / "record.json", run_dir / "rows" / row
     if not record.is_file():
         raise InputError(f"{run_dir} is no run folder: it holds no record.json")
-    model = SequenceModel.from_pretrained(run_dir / "rows" / row / "model")
     dataset = json.loads(record.read_text(encoding="utf-8"))["dataset"]
     prepared = load(dataset["name"])
     if prepared.fingerprint != dataset["fingerprint"]:
         raise InputError(f"{run_dir} was run on another version of {prepared.name}: run it again")
-    items = history_of(prepared, user, history)
-    for item, score in model.recommend(items, k, filter_seen=not keep_seen):
-        entry = prepared.catalogue.iloc[item - 1]
-        typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}")
+    catalogue = prepared.catalogue
+    if (folder / "model" / "tokenizer.json").is_file():
+        from textrec.training.text_recommending import text_recommender, with_new_items
+
+        model = text_recommender(folder, catalogue, prepared.fingerprint)
+        if items:
+            catalogue = with_new_items(catalogue, items)
+            model = model.over(catalogue)
+    elif items:
+        raise InputError(f"--items needs a row with a model that reads texts, such as two_stage: {folder} holds none")
+    else:
+        from textrec.models.sequence_model import SequenceModel
+
+        model = SequenceModel.from_pretrained(folder / "model")
+    past = history_of(prepared, user, history, catalogue["item"])
+    for item, score in model.recommend(past, k, filter_seen=not keep_seen):
+        entry, mark = catalogue.iloc[item - 1], "  (new)" if item > prepared.num_items else ""
+        typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}{mark}")
 
 
 @app.command()
@@ -273,8 +286,8 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="Only these.")]
     raise typer.Exit(any(codes))
 
 
-def history_of(prepared, user: str | None, history: list[str] | None) -> list[int]:
-    """Return item ids, oldest first, from a user's external id or from external item ids."""
+def history_of(prepared, user: str | None, history: list[str] | None, items) -> list[int]:
+    """Return item ids, oldest first, from a user's external id or from external ids of `items`, row k being k + 1."""
     if (user is None) == (not history):
         raise InputError("name either --user or --history")
     if user is not None:
@@ -283,7 +296,7 @@ def history_of(prepared, user: str | None, history: list[str] | None) -> list[in
             raise InputError(f"--user {user!r} is no user of {prepared.name}")
         start, end = prepared.histories.offsets_U1[rows[0] : rows[0] + 2]
         return prepared.histories.items_E[start:end].tolist()
-    ids = {external: row + 1 for row, external in enumerate(prepared.catalogue["item"])}
+    ids = {external: row + 1 for row, external in enumerate(items)}
     for external in history:
         if external not in ids:
             raise InputError(f"--history names {external!r}, which is no item of {prepared.name}")
