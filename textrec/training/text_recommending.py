@@ -20,10 +20,12 @@ from textrec.training.two_stage import load_pair
 class TextRecommender(SequenceModel):
     """An encoder and the items it chooses from: row k of `attributes` (see `item_attributes`) is item id k + 1."""
 
-    def __init__(self, encoder: RecFormer, tokenizer, attributes, items_ID: torch.Tensor | None = None):
+    def __init__(self, encoder: RecFormer, tokenizer, attributes):
         super().__init__(SimpleNamespace(num_items=len(attributes)))
         self.texts = TextSet.of(None, tokenizer, attributes=attributes)  # no histories are known
-        self.encoder, self.attributes, self.items_ID, self.scores = encoder.eval(), attributes, items_ID, encoder.scores
+        self.encoder, self.attributes, self.scores = encoder, attributes, encoder.scores
+        self.items_ID: torch.Tensor | None = None  # encoded when first asked for, unless there is a frozen one
+        self.eval()
 
     def encode(self, items_BL: torch.Tensor, times_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Return the vectors (B, D) of histories by their items' texts; times are not read."""
@@ -31,6 +33,7 @@ class TextRecommender(SequenceModel):
         return self.encoder.encode(*(torch.from_numpy(packed[name]).to(items_BL.device) for name in PACKED))
 
     def item_vectors(self) -> torch.Tensor:
+        """Return the table (I, D), row 0 padding."""
         self.items_ID = item_table(self.encoder, self.texts) if self.items_ID is None else self.items_ID
         return self.items_ID
 
@@ -52,6 +55,7 @@ def text_recommender(folder: Path, catalogue, fingerprint: str | None = None) ->
     """
     from tokenizers import Tokenizer
 
+    folder = Path(folder)
     row, finetuned = folder / "row.json", (folder / "model").is_dir()
     place, kind = (folder / "model", RecFormer) if finetuned else (folder, RecFormerForPretraining)
     if not (place / "tokenizer.json").is_file():
