@@ -33,6 +33,10 @@ from textrec.schema import InputError
 from textrec.training.checkpoints import AtomicCheckpoints, write_text
 from textrec.training.consolidation import ZeroCheckpoint, read_zero
 
+# oneDNN keeps a kernel for every shape that it has met, by default 1,024 of them: packed batches, each of another
+# length, grow to 10 GiB that way. Read at its first use, so set before.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 STRATEGIES = (
     "auto", "ddp", "fsdp",
     *(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload")),
