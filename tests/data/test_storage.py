@@ -70,3 +70,14 @@ with database(Path({str(tmp_path / "spill")!r})) as connection:
     client.stop_channels()
     manager.shutdown_kernel(now=True)
     assert reply["status"] == "ok", reply
+
+
+@pytest.mark.parametrize("keep_existing", [True, False])
+def test_a_folder_that_another_process_finished_first_stays_where_its_name_says_its_content(tmp_path, keep_existing):
+    place = tmp_path / "content"
+    with staged_folder(place, keep_existing) as partial:
+        (partial / "whose").write_text("mine")
+        place.mkdir()
+        (place / "whose").write_text("theirs")
+    assert (place / "whose").read_text() == ("theirs" if keep_existing else "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["content"]

@@ -36,8 +36,12 @@ def array_file(path: Path, dtype, length: int) -> Iterator[ArrayFile]:
 
 
 @contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
-    """Yield a partial folder beside `folder` that takes its place, synced, when the block ends well; else it goes."""
+def staged_folder(folder: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield a partial folder beside `folder` that takes its place, synced, when the block ends well; else it goes.
+
+    With `keep_existing`, for a folder named by its content, what another process has put there meanwhile stays: that
+    process may be reading it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir()
@@ -45,15 +49,15 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        _take_place(partial, folder)
+        _take_place(partial, folder, keep_existing)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_place(partial: Path, folder: Path) -> None:
+def _take_place(partial: Path, folder: Path, keep_existing: bool) -> None:
     old = partial.with_name(f"{partial.name}-old")
     for _attempt in range(10):  # another process may put its own copy in place between the two renames
-        if folder.exists():
+        if folder.exists() and not keep_existing:
             folder.rename(old)
         try:
             partial.rename(folder)
@@ -61,6 +65,8 @@ def _take_place(partial: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+            if keep_existing:
+                break
         finally:
             shutil.rmtree(old, ignore_errors=True)
     _sync(folder.parent)

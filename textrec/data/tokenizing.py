@@ -100,7 +100,7 @@ def tokenize_items(
         return _tokenize(attributes, backend, max_attribute_tokens, faithful)
     place = Path(folder) / _content_key(attributes, backend, max_attribute_tokens, faithful)
     if not place.is_dir():
-        with staged_folder(place) as partial:
+        with staged_folder(place, keep_existing=True) as partial:
             for name, array in vars(_tokenize(attributes, backend, max_attribute_tokens, faithful)).items():
                 np.save(partial / f"{name}.npy", array)
     return ItemTokens.load(place)
