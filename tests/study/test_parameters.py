@@ -116,7 +116,7 @@ def test_values_that_fit(notebook, name, value, result):
         ("weights", {1: 1.0}, "key 1"),
         ("overrides", {"sasrec_ce": {"learning_rate": "1e-4"}}, r"sasrec_ce, learning_rate .*1\.0e-4"),
         ("max_users", "many", "expected"),
-        ("lerning_rate", 1.0, "`lerning_rate`; the closest is `learning_rate`"),
+        ("lerning_rate", 1.0, r"`lerning_rate` \(did you mean 'learning_rate'"),
     ],
 )
 def test_values_that_do_not_fit(notebook, name, value, said):
@@ -167,7 +167,7 @@ def test_what_is_not_there_is_named(study, arguments, said):
         ("- seed\n", "holds a list"),
         ("seed: [1\n", "no YAML"),
         ("learning_rate: 1e-4\n", r"laptop/07.yaml: learning_rate .* write 1\.0e-4"),
-        ("learing_rate: 1.0e-4\n", "the closest is `learning_rate`"),
+        ("learing_rate: 1.0e-4\n", r"`learing_rate` \(did you mean 'learning_rate'"),
     ],
 )
 def test_a_broken_file_is_named(study, text, said):

@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(study, monk
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"overrides": {"moot": "good"}}, "no parameter `moot`; the closest is `mood`"),
+        ({"overrides": {"moot": "good"}}, r"no parameter `moot` \(did you mean 'mood'"),
         ({"overrides": {"mood": 1}}, "expected str"),
         ({"overrides": {"seed": 1}}, "seed is no parameter to override"),
         ({"scale": "laptop"}, "common.yaml does not exist"),

@@ -4,10 +4,10 @@ The catalogue of a prepared set goes in (row k is item id k + 1) and frames or s
 were joined by ", " when the set was prepared; RecFormer's own files join the category path by single spaces.
 """
 
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from textrec.data.choices import closest
 from textrec.schema import Column, InputError
 from textrec.seeding import generator
 
@@ -27,8 +27,7 @@ def item_attributes(catalogue: "DataFrame", names: Sequence[str] | None = None) 
     columns = [name for name in catalogue.columns if name != Column.item]
     for name in names or ():
         if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = closest(name, columns)
             raise InputError(f"the catalogue has no text column {name!r}{hint}; its columns are {', '.join(columns)}")
     filled = catalogue[columns].fillna("")
     wanted = list(names or ATTRIBUTES)

@@ -10,7 +10,6 @@ What a verdict means (`tolerance` is fixed in claims.yaml before any run; interv
 * `plumbing only`: all that the smoke scale may say.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from textrec.data.choices import closest
 from textrec.schema import InputError
 
 LEDGER = Path(__file__).with_name("claims.yaml")
@@ -63,7 +63,7 @@ class Claim:
                 raise InputError(f"claim {self.id}: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
         for name in (*self.protocol, *self.accepts):
             if name not in PROTOCOL:
-                raise InputError(f"claim {self.id}: no protocol field `{name}`; closest: `{_closest(name, PROTOCOL)}`")
+                raise InputError(f"claim {self.id}: no protocol field `{name}`{closest(name, PROTOCOL)}")
         if type(self.value) not in (int, float) or not math.isfinite(self.value) or not self.value:
             raise InputError(f"claim {self.id}: value is {self.value!r}; expected a number other than 0")
 
@@ -92,7 +92,7 @@ class Verdict:
     def record(self) -> dict:
         """Return the entry of `claims` in record.json."""
         return {"id": self.claim.id, "published": self.claim.value, "measured": self.measured,
-                "low": self.low, "high": self.high, "verdict": str(self)}
+                "low": self.low, "high": self.high, "verdict": str(self)}  # fmt: skip
 
 
 @cache
@@ -110,24 +110,12 @@ def load_claims(path: Path = LEDGER) -> dict[str, Claim]:
     return claims
 
 
-def find_claim(claim_id: str, claims: Mapping[str, Claim] | None = None) -> Claim:
-    """Return one claim by id; an unknown id is answered with the closest one."""
-    claims = load_claims() if claims is None else claims
-    if claim_id not in claims:
-        raise InputError(f"no claim `{claim_id}`; the closest is `{_closest(claim_id, claims)}`")
-    return claims[claim_id]
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("+", " plus ")).strip("-")
 
 
 GROUP_KEYS = ("id", "paper", "where", "dataset", "protocol", "accepts", "source", "notebook", "kind", "tolerance",
-              "metrics", "systems", "orderings", "ratios")
+              "metrics", "systems", "orderings", "ratios")  # fmt: skip
 SYSTEM_KEYS = ("row", "beside", "values")
 
 
@@ -169,7 +157,7 @@ def _pair(kind: str, first: Claim, second: Claim, group: dict, shared: dict) -> 
 def _refuse_unknown(where: str, given: Mapping, known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            raise InputError(f"{where}: unknown key `{name}`; the closest is `{_closest(name, known)}`")
+            raise InputError(f"{where}: unknown key `{name}`{closest(name, known)}")
 
 
 def mismatch(claim: Claim, protocol: Mapping[str, str], dataset: str) -> str | None:
@@ -199,49 +187,41 @@ def judge(claim: Claim, value: float, low: float | None, high: float | None, pro
     bounds = [value] if low is None or high is None else [low, value, high]
     if not all(map(math.isfinite, bounds)) or bounds != sorted(bounds):
         raise InputError(f"claim {claim.id}: measured {value} in [{low}, {high}]; expected low <= value <= high")
-    word, reason = {"level": _judge_level, "floor": _judge_floor, "ordering": _judge_ordering, "ratio": _judge_ratio}[
-        claim.kind
-    ](claim, value, bounds[0], bounds[-1], has_interval=len(bounds) == 3)
+    word, reason = _word_and_reason(claim, value, *(bounds[::2] if len(bounds) == 3 else (math.nan, math.nan)))
     for name, why in claim.accepts.items():
         if protocol.get(name) != claim.protocol.get(name):
             reason += f"; accepted although {name} differs: {why}"
     return Verdict(claim, word, value, low, high, reason)
 
 
-def _judge_level(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:
+def _word_and_reason(claim: Claim, value: float, low: float, high: float) -> tuple[str, str]:
+    """Judge a measurement that may be compared; without an interval its ends are nan, of which no comparison holds."""
+    if claim.kind == "floor":
+        if value >= claim.value:
+            return REPRODUCED, "at or above the floor" + ", with the whole interval" * (low >= claim.value)
+        return NOT_REPRODUCED, "below the floor" + ", the interval reaches it" * (high >= claim.value)
+    if claim.kind == "ordering":
+        if math.isnan(low):
+            return NOT_ATTEMPTED, "an ordering needs the interval of the paired difference"
+        if claim.value < 0:
+            low, high = -high, -low
+        if low > 0:
+            return ORDERING, "the interval of the paired difference excludes zero"
+        reversed_, open_ = "the order is reversed", "the interval of the paired difference holds zero"
+        return NOT_REPRODUCED, reversed_ if high < 0 else open_
     slack = claim.tolerance * abs(claim.value) * (1 + 1e-9)  # a value on the rim of the band is inside
     bottom, top = claim.value - slack, claim.value + slack
     band = f"±{100 * claim.tolerance:.3g} %"
     if bottom <= value <= top:
-        if has_interval and bottom <= low and high <= top:
+        if bottom <= low and high <= top:
             return REPRODUCED, f"equivalent: the whole interval lies within {band}"
-        return REPRODUCED, f"the mean lies within {band}" + ", the interval reaches out" * has_interval
-    side = "above" if value > top else "below"
-    reaches = has_interval and low <= top and high >= bottom
-    return NOT_REPRODUCED, f"{side} {band}" + ", the interval reaches in" * reaches
-
-
-def _judge_floor(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:
-    if value >= claim.value:
-        return REPRODUCED, "at or above the floor" + ", with the whole interval" * (has_interval and low >= claim.value)
-    return NOT_REPRODUCED, "below the floor" + ", the interval reaches it" * (has_interval and high >= claim.value)
-
-
-def _judge_ordering(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:
-    if not has_interval:
-        return NOT_ATTEMPTED, "an ordering needs the interval of the paired difference"
-    if claim.value < 0:
-        low, high = -high, -low
-    if low > 0:
-        return ORDERING, "the interval of the paired difference excludes zero"
-    return NOT_REPRODUCED, "the order is reversed" if high < 0 else "the interval of the paired difference holds zero"
-
-
-def _judge_ratio(claim: Claim, value: float, low: float, high: float, *, has_interval: bool) -> tuple[str, str]:
-    word, reason = _judge_level(claim, value, low, high, has_interval=has_interval)
-    if word == NOT_REPRODUCED and has_interval and (low > 1 if claim.value > 1 else high < 1):
+        return REPRODUCED, f"the mean lies within {band}" + ", the interval reaches out" * (not math.isnan(low))
+    reason = f"{'above' if value > top else 'below'} {band}" + ", the interval reaches in" * (
+        bottom <= high and low <= top
+    )
+    if claim.kind == "ratio" and (low > 1 if claim.value > 1 else high < 1):
         return ORDERING, f"{reason}; the interval excludes 1 on the published side"
-    return word, reason
+    return NOT_REPRODUCED, reason
 
 
 def judge_rows(rows: Iterable[Mapping], *, notebook: str, dataset: str, protocol: Mapping[str, str], scale: str,

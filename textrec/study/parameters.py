@@ -5,7 +5,6 @@ misspelt name, text where a number belongs and a default derived from another ar
 """
 
 import ast
-import difflib
 import io
 import json
 import math
@@ -14,6 +13,7 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+from textrec.data.choices import closest
 from textrec.paths import NOTEBOOKS, PARAMETERS
 from textrec.schema import InputError
 
@@ -63,7 +63,8 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
         statements = ast.parse(tagged[0]).body
     except SyntaxError as error:
         raise InputError(f"{notebook.name}: line {error.lineno} of the parameter cell is no Python") from None
-    comments = _comments(tagged[0])
+    tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     parameters: dict[str, Parameter] = {}
     taken_lines: set[int] = set()
     for statement in statements:
@@ -73,11 +74,6 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
         parameters[parameter.name] = parameter
         taken_lines.add(statement.lineno)
     return parameters
-
-
-def _comments(source: str) -> dict[int, str]:
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
 def _parameter(statement: ast.stmt, where: str, comments: dict[int, str]) -> Parameter:
@@ -91,12 +87,12 @@ def _parameter(statement: ast.stmt, where: str, comments: dict[int, str]) -> Par
     try:
         default = ast.literal_eval(value)
     except ValueError:
-        raise InputError(f"{where}: the default of {name}, `{ast.unparse(value)}`, is derived; "
-                         "expected a literal, because values are injected after this cell") from None
+        told = f"{where}: the default of {name}, `{ast.unparse(value)}`, is derived"
+        raise InputError(f"{told}; expected a literal, because values are injected after this cell") from None
     if "=" in ast.unparse(value):
         raise InputError(f"{where}: the default of {name} holds `=`, which papermill cannot read")
-    return Parameter(name, ast.unparse(annotation), _checked(annotation, default, f"{where}: {name}"),
-                     comments.get(statement.lineno, ""))
+    default = _checked(annotation, default, f"{where}: {name}")
+    return Parameter(name, ast.unparse(annotation), default, comments.get(statement.lineno, ""))
 
 
 def _checked(annotation: ast.expr, value: object, what: str) -> object:
@@ -118,8 +114,8 @@ def _checked(annotation: ast.expr, value: object, what: str) -> object:
         case ast.Subscript(value=ast.Name(id="list"), slice=item) if type(value) is list:
             return [_checked(item, part, f"{what}, part {place}") for place, part in enumerate(value, 1)]
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, item])) if type(value) is dict:
-            return {_checked(key, name, f"{what}, key {name}"): _checked(item, part, f"{what}, {name}")
-                    for name, part in value.items()}
+            keys = [_checked(key, name, f"{what}, key {name}") for name in value]
+            return {name: _checked(item, value[name], f"{what}, {name}") for name in keys}
     hint = _number_hint(value) if "float" in ast.unparse(annotation) else ""
     raise InputError(f"{what} is {value!r} ({type(value).__name__}); expected {ast.unparse(annotation)}{hint}")
 
@@ -156,8 +152,7 @@ def check_parameters(notebook: Path, values: dict[str, object], source: str = "p
     checked = {}
     for name, value in values.items():
         if name not in declared:
-            nearest = difflib.get_close_matches(str(name), declared, n=1, cutoff=0.0)
-            raise InputError(f"{source}: {notebook.name} has no parameter `{name}`; the closest is `{nearest[0]}`")
+            raise InputError(f"{source}: {notebook.name} has no parameter `{name}`{closest(name, declared)}")
         checked[name] = _checked(ast.parse(declared[name].annotation, mode="eval").body, value, f"{source}: {name}")
     return checked
 
