@@ -58,6 +58,7 @@ class SequenceModel(nn.Module):
     """Base of all sequence models. A subclass names its `config_class` and writes `forward` and `item_vectors`."""
 
     config_class: ClassVar[type]
+    reads_times: bool = False  # whether `forward` and `encode` want times; batches carry them for such models alone
 
     def __init__(self, config: Any):
         super().__init__()
@@ -74,28 +75,46 @@ class SequenceModel(nn.Module):
         """Return the output table (num_items + 1, D) whose row 0 is padding and never ranked."""
         raise TypeError(f"{type(self).__name__} does not define item_vectors")
 
-    def encode(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
-        """Return the user vectors (B, D): the state after the newest item."""
+    def encode(self, items_BL: Tensor, times_BL: Tensor | None = None, requests_B: Tensor | None = None) -> Tensor:
+        """Return the user vectors (B, D): the state after the newest item.
+
+        A model that reads times takes the items' and those of the requests (B,) in unix seconds; without the latter
+        each request comes at the time of its newest item.
+        """
         items_BL = newest(items_BL, self.config.max_sequence_length)
-        return Layout.of(items_BL != PADDING_ID).last(self(items_BL, times_BL))
+        times = (times_BL, requests_B) if self.reads_times else ()
+        return Layout.of(items_BL != PADDING_ID).last(self(items_BL, *times))
 
     def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
         """Return the scores (B, I) of items for users: inner products."""
         return user_vectors_BD @ item_vectors_ID.T
 
     @torch.no_grad()
-    def recommend(self, history: Sequence[int], k: int, filter_seen: bool = True) -> list[tuple[int, float]]:
-        """Return the `k` best (item id, score) pairs after a history of item ids, oldest first."""
+    def recommend(
+        self, history: Sequence[int], k: int, filter_seen: bool = True, times: Sequence[int] | None = None,
+        request_time: int | None = None,
+    ) -> list[tuple[int, float]]:  # fmt: skip
+        """Return the `k` best (item id, score) pairs after a history of item ids, oldest first.
+
+        `times` are the items' unix seconds and `request_time` that of the request, by default the newest item's; a
+        model that reads no times ignores both.
+        """
         unknown = [item for item in history if not 1 <= item <= self.config.num_items]
         if unknown:
             raise InputError(f"history holds item id {unknown[0]}: expected ids from 1 to {self.config.num_items}")
         if not 1 <= k <= self.config.num_items:
             raise InputError(f"k={k}: expected a number from 1 to num_items={self.config.num_items}")
+        if (times is not None or request_time is not None) and len(times or ()) != len(history):
+            raise InputError(f"times={times}: expected one time for each of the {len(history)} items of the history")
         was_training = self.training
         self.eval()
         item_vectors = self.item_vectors()
         items_1L = torch.tensor([list(history)], dtype=torch.long, device=item_vectors.device).view(1, -1)
-        scores_I = self.scores(self.encode(items_1L), item_vectors)[0]
+        told = ()
+        if self.reads_times and times is not None:
+            request = times[-1:] if request_time is None else [request_time]
+            told = (items_1L.new_tensor([list(times)]), items_1L.new_tensor(request))
+        scores_I = self.scores(self.encode(items_1L, *told), item_vectors)[0]
         self.train(was_training)
         scores_I[PADDING_ID] = -torch.inf
         if filter_seen:
@@ -147,7 +166,7 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
 
 
 def _subclasses(cls: type) -> list[type]:
-    from textrec.models import bert4rec, gru4rec, sasrec  # noqa: F401 - a class is found once its module is imported
+    from textrec.models import bert4rec, gru4rec, hstu, sasrec  # noqa: F401 - a class is found once its module is imported
 
     found = cls.__subclasses__()
     return found + [deeper for each in found for deeper in each.__subclasses__()]

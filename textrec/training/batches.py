@@ -45,12 +45,18 @@ class GlobalBatches(Sampler[tuple[int, int, np.ndarray]]):
 
 
 class HistoryBatches(Dataset):
-    """Gathers the newest training interactions of a batch of users; `make` turns a window into inputs and targets."""
+    """Gathers the newest training interactions of a batch of users; `make` turns a window into inputs and targets.
 
-    def __init__(self, histories: Histories, train_end_U: np.ndarray, max_sequence_length: int, make: Callable):
+    `with_times` adds the inputs' times and each row's newest time, which is that of its last target.
+    """
+
+    def __init__(
+        self, histories: Histories, train_end_U: np.ndarray, max_sequence_length: int, make: Callable,
+        with_times: bool = False,
+    ):  # fmt: skip
         self.users = np.flatnonzero(train_end_U >= 2)  # one interaction leaves nothing to predict
         self.histories, self.train_end_U = histories, train_end_U
-        self.max_sequence_length, self.make = max_sequence_length, make
+        self.max_sequence_length, self.make, self.with_times = max_sequence_length, make, with_times
 
     def __len__(self) -> int:
         return len(self.users)
@@ -60,9 +66,15 @@ class HistoryBatches(Dataset):
 
         epoch, step, rows = batch
         users_B = self.users[rows]
-        items_BL, _, _ = self.histories.windows(users_B, self.train_end_U[users_B], self.max_sequence_length + 1)
+        ends_B = self.train_end_U[users_B]
+        items_BL, times_BL, lengths_B = self.histories.windows(users_B, ends_B, self.max_sequence_length + 1)
         inputs_BL, targets_BL = self.make(items_BL, epoch, step)
-        return {"items": torch.from_numpy(inputs_BL), "targets": torch.from_numpy(targets_BL), "step": step}
+        batch = {"items": torch.from_numpy(inputs_BL), "targets": torch.from_numpy(targets_BL), "step": step}
+        if self.with_times:
+            requests_B = np.take_along_axis(times_BL, lengths_B[:, None] - 1, 1)[:, 0]
+            times_BL = np.ascontiguousarray(times_BL[:, : inputs_BL.shape[1]])
+            batch |= {"times": torch.from_numpy(times_BL), "requests": torch.from_numpy(requests_B)}
+        return batch
 
 
 def next_item_targets(items_BL: np.ndarray, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:

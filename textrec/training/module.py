@@ -85,7 +85,7 @@ class SequenceModule(DistributedModule):
         step, part = batch["step"], batch.get("part", 0)
         torch.manual_seed(self._derived("dropout", step, self.global_rank, part))
         items_BL, targets_BL = batch["items"], batch["targets"]
-        hidden_TD = self.model(items_BL)
+        hidden_TD = self.model(items_BL, *(batch[name] for name in ("times", "requests") if name in batch))
         targets_T = targets_BL[items_BL != PADDING_ID]
         chosen_T = targets_T != PADDING_ID  # every real position of next_item, the masked ones of masked_item
         if self.training_config.objective == "masked_item":

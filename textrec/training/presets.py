@@ -14,7 +14,7 @@ CONTROLS = ("popularity", "last_item", "markov", "random")
 class Preset:
     """A row of a table before a data set is chosen."""
 
-    model: str  # SASRec | BERT4Rec | GRU4Rec, or a control of textrec.evaluation.controls
+    model: str  # SASRec | BERT4Rec | GRU4Rec | HSTU, or a control of textrec.evaluation.controls
     changed: str  # the one difference from the reference row
     model_settings: dict[str, Any] = field(default_factory=dict)
     training_settings: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +38,15 @@ _GSASREC = {
 _ESASREC = {
     "embedding_dim": 64, "num_blocks": 2, "num_heads": 1, "dropout": 0.1, "attention_dropout": 0.1, "block": "ligr",
     "hidden_multiplier": 4, "norm_eps": 1e-5,
+}  # fmt: skip
+_HSTU_LARGE = {"num_blocks": 8, "num_heads": 2, "linear_dim": 25, "attention_dim": 25}
+_TOY = {
+    "block": "toy", "embedding_dim": 512, "num_blocks": 8, "num_heads": 8, "linear_dim": 64, "attention_dim": 64,
+    "max_sequence_length": 50, "dropout": 0.0, "time_bias": False, "position_bias": False, "temperature": None,
+}  # fmt: skip
+_META = {
+    "loss": "sampled_softmax", "num_negatives": 128, "share_negatives": False, "adam_betas": (0.9, 0.98),
+    "max_epochs": 101,
 }  # fmt: skip
 _BCE = {"loss": "gbce", "num_negatives": 1, "reject_history": True}
 _GBCE = {"loss": "gbce", "num_negatives": 256, "calibration": 0.75}
@@ -77,4 +86,21 @@ PRESETS: dict[str, Preset] = {
         {"objective": "masked_item", "max_epochs": 200, "patience": 20},
     ),
     "gru4rec": Preset("GRU4Rec", "model: recurrent", {"embedding_dim": 64, "dropout": 0.2}),
+    # HSTU: configurations that Meta published for ML-1M; the others differ from `hstu` in what they name
+    "hstu": Preset("HSTU", "faithful: HSTU, request time known", {}, _META),
+    "hstu_large": Preset("HSTU", "faithful: HSTU-large, request time known", _HSTU_LARGE, _META),
+    "hstu_no_bias": Preset("HSTU", "bias: none", {"time_bias": False, "position_bias": False}, _META),
+    "hstu_position": Preset("HSTU", "bias: position only", {"time_bias": False}, _META),
+    "hstu_time": Preset("HSTU", "bias: time only, request time known", {"position_bias": False}, _META),
+    "hstu_self_time": Preset("HSTU", "bias: time up to the newest item", {"time_query": "self"}, _META),
+    "hstu_toy": Preset(
+        "HSTU", "faithful: Toy-RecLM's block of that name", _TOY,
+        {**_BCE, "adam_betas": (0.9, 0.95), "learning_rate": 3e-4, "weight_decay": 0.1, "gradient_clip": 1.0,
+         "batch_size": 32, "warmup_steps": 1000, "max_epochs": 50},
+    ),
+    "sasrec_meta": Preset(
+        "SASRec", "model: SASRec in HSTU's recipe; its norms learn a scale and a last norm is added",
+        {**_SASREC, "embedding_dim": 50, "norm": "original", "attention_dropout": 0.2, "temperature": 0.05,
+         "initial_table_std": 0.02}, _META,
+    ),
 }  # fmt: skip

@@ -28,7 +28,10 @@ LOGGER = logging.getLogger(__name__)
 def evaluate(
     model, prepared: PreparedSet, which: str, users: np.ndarray | None = None, block_users: int = 256
 ) -> Ranks:
-    """Rank the `validation` or `test` target of `users` (all that have one by default) over the whole catalogue."""
+    """Rank the `validation` or `test` target of `users` (all that have one by default) over the whole catalogue.
+
+    A model that reads times is told when the target was consumed: "request time known", the published protocol of HSTU.
+    """
     histories = prepared.histories
     with_target, positions = prepared.split.targets(which)
     if users is not None:
@@ -41,7 +44,10 @@ def evaluate(
 
     def user_vectors(rows: slice) -> torch.Tensor:
         items_BL, times_BL, _ = histories.windows(users_U[rows], ends_U[rows], model.config.max_sequence_length)
-        return model.encode(torch.from_numpy(items_BL).to(device), torch.from_numpy(times_BL).to(device)).float()
+        given = [items_BL]
+        if model.reads_times:
+            given += [times_BL, histories.times_E[histories.offsets_U1[users_U[rows]] + ends_U[rows]]]
+        return model.encode(*(torch.from_numpy(each).to(device) for each in given)).float()
 
     ranks = rank_targets(
         VectorScorer(user_vectors, model.item_vectors()[1:].float()), users_U, histories.at(users_U, ends_U),
@@ -196,7 +202,7 @@ def _batches(model, prepared: PreparedSet, training: TrainingConfig, seed: int, 
     if training.objective == "masked_item":
         probabilities = training.mask_probability, training.mask_last_probability
         make, window = MaskedItems(prepared.num_items, *probabilities, seed, rank), window - 1
-    return HistoryBatches(prepared.histories, prepared.split.train_end_U, window, make)
+    return HistoryBatches(prepared.histories, prepared.split.train_end_U, window, make, model.reads_times)
 
 
 def loggers_of(folder: Path) -> list:

@@ -1,0 +1,313 @@
+"""HSTU (Zhai et al. 2024, section 3, and its published research code): pointwise attention that may read the clock.
+
+Attention weights are `silu(query . key + position bias + time bias) / N`, no softmax; there is no feed-forward network.
+By default the time bias looks at the time that has passed between each earlier item and THE ITEM TO BE PREDICTED: the
+model knows when the request comes, in training and in evaluation (`time_query="target"`, as published). With "self" it
+looks at the time of the newest item it has read, and with `time_bias=False` at none.
+
+Linear layers see real positions only. Attention sorts the rows of a batch by length and works through tiles of queries
+and the keys before them: short rows do not pay for the longest one, and most pairs with a later key are left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from textrec.models.sequence_model import Layout, SequenceModel, newest
+from textrec.schema import PADDING_ID
+
+TIME_BUCKETS, BUCKET_WIDTH = 129, 0.301  # a bucket spans a factor of e ** 0.301 seconds
+OUTPUT_LENGTH = 11  # the published block is so much longer than the longest history: 211 positions for 200 items
+NORM_EPS = 1e-6
+FUTURE = -1e4  # a bias whose silu is exactly zero, and whose slope is, too
+TILE_QUERIES, TILE_NUMBERS = 64, 1 << 18  # on a CPU: scores of a tile stay in the second-level cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSTUConfig:
+    """The published settings of HSTU on MovieLens-1M are the defaults; `block="toy"` is Toy-RecLM's deviating block."""
+
+    num_items: int  # catalogue size, padding not counted
+    max_sequence_length: int = 200  # items read, newest kept
+    embedding_dim: int = 50  # width of items and states
+    num_blocks: int = 2
+    num_heads: int = 1
+    linear_dim: int = 50  # per head, of values and gates
+    attention_dim: int = 50  # per head, of queries and keys
+    dropout: float = 0.2  # on embeddings and on what enters the output layer; attention weights have none
+    position_bias: bool = True  # one number per distance, per block
+    time_bias: bool = True  # one number per bucket of elapsed time, per block
+    time_query: str = "target"  # target: time until the item to be predicted | self: until the newest item read
+    denominator: str = "constant"  # of attention: constant, max_sequence_length + 11 | row, the row's own length
+    concat_ua: bool = False  # the output layer reads gate, attention and their product
+    temperature: float | None = 0.05  # None: inner product; else cosine / temperature
+    block: str = "hstu"  # hstu | toy
+
+    def __post_init__(self):
+        allowed = {"time_query": ("target", "self"), "denominator": ("constant", "row"), "block": ("hstu", "toy")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {values}")
+        for name in ("num_items", "max_sequence_length", "num_blocks", "num_heads", "linear_dim", "attention_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.block == "toy" and (self.time_bias or self.position_bias or self.attention_dim % 2):
+            raise ValueError("block='toy' needs time_bias=False, position_bias=False and an even attention_dim")
+
+    @property
+    def block_length(self) -> int:
+        """Positions of the published padded block: the constant denominator and the size of the position tables."""
+        return self.max_sequence_length + OUTPUT_LENGTH
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Return the bucket 0..128 (int32) of elapsed seconds (integers): floor(ln(max(1, |seconds|)) / 0.301)."""
+    return (seconds.abs().clamp_min(1).float().log() / BUCKET_WIDTH).clamp(max=TIME_BUCKETS - 1).int()
+
+
+class Tiles:
+    """How a batch is attended: rows by falling length, and for each tile its rows, queries, keys and time buckets.
+
+    A tile is `(rows, first, last, buckets)`: queries first..last - 1 of some rows see their keys 0..last - 1.
+    `buckets` (int32, flat over row, query, key) are made once and shared by all blocks; None without times.
+    """
+
+    def __init__(self, layout: Layout, num_heads: int, times_T: Tensor | None, query_times_T: Tensor | None):
+        order_B = layout.lengths_B.argsort(descending=True, stable=True)
+        ranks_B = torch.empty_like(order_B).scatter_(0, order_B, torch.arange(len(order_B), device=order_B.device))
+        self.layout, self.rows, self.length = layout, len(order_B), layout.max_length
+        self.slots_T = ranks_B[layout.rows_T] * self.length + layout.columns_T
+        # what stands behind a row's end is any position at all: it is later than the row's queries, so never seen
+        self.sources = self.slots_T.new_zeros(self.rows * self.length).scatter_(
+            0, self.slots_T, torch.arange(len(self.slots_T), device=order_B.device)
+        )
+        numbers, queries = (1 << 26, self.length) if order_B.is_cuda else (TILE_NUMBERS, TILE_QUERIES)
+        lengths, self.tiles = layout.lengths_B[order_B].tolist(), []
+        if times_T is not None and len(times_T):
+            times_BL, query_times_BL = (x[self.sources].view(self.rows, -1) for x in (times_T, query_times_T))
+        for first in range(0, self.length if len(layout.rows_T) else 0, queries):
+            last, reaching = min(first + queries, self.length), sum(length > first for length in lengths)
+            step = max(numbers // (num_heads * (last - first) * last), 1)
+            for start in range(0, reaching, step):
+                rows, buckets = slice(start, min(start + step, reaching)), None
+                if times_T is not None:
+                    elapsed = query_times_BL[rows, first:last, None] - times_BL[rows, None, :last]
+                    buckets = time_buckets(elapsed).flatten()
+                self.tiles.append((rows, first, last, buckets))
+
+    def pad(self, packed_TC: Tensor, num_heads: int) -> Tensor:
+        """Spread packed rows into (B, H, L, C / H), rows by falling length."""
+        block = packed_TC.index_select(0, self.sources).view(self.rows, self.length, num_heads, -1).transpose(1, 2)
+        return block if num_heads == 1 else block.contiguous()
+
+    def pack(self, block_BHLD: Tensor) -> Tensor:
+        """Take the real positions back out: (B, H, L, D) -> (T, H * D)."""
+        joined = block_BHLD.transpose(1, 2).reshape(self.rows * self.length, -1)
+        return joined.index_select(0, self.slots_T)
+
+
+class _PointwiseAttention(torch.autograd.Function):
+    """`silu(q k + bias_LL + table[bucket]) v` over the tiles; scores are kept for the gradient, their silu is not."""
+
+    @staticmethod
+    def forward(ctx, q_TC, k_TC, v_TC, bias_LL: Tensor, table: Tensor | None, tiles: Tiles, num_heads: int) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        q, k, v = (tiles.pad(x, num_heads) for x in (q_TC, k_TC, v_TC))
+        mixed, kept = torch.empty_like(v), []
+        for rows, first, last, buckets in tiles.tiles:
+            shape = (rows.stop - rows.start, num_heads, last - first, last)
+            scores, bias = q.new_empty(shape), bias_LL[first:last, :last].to(q.dtype).expand(shape)
+            if buckets is None:
+                scores.copy_(bias)
+            else:
+                elapsed = table.to(q.dtype).index_select(0, buckets)
+                torch.add(elapsed.view(-1, 1, last - first, last), bias, out=scores)
+            scores = scores.flatten(0, 1).baddbmm_(_tile(q, rows, first, last), _tile(k, rows, 0, last).transpose(1, 2))
+            mixed[rows, :, first:last] = torch.bmm(F.silu(scores), _tile(v, rows, 0, last)).view(*shape[:3], -1)
+            if wanted:
+                kept.append(scores)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.tiles, ctx.num_heads, ctx.table_size = tiles, num_heads, None if table is None else len(table)
+        return tiles.pack(mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TC: Tensor):
+        q, k, v, *kept = ctx.saved_tensors
+        tiles, num_heads = ctx.tiles, ctx.num_heads
+        grad = grad_TC.new_zeros(tiles.rows * tiles.length, grad_TC.shape[1]).index_copy_(0, tiles.slots_T, grad_TC)
+        grad = grad.view(tiles.rows, tiles.length, num_heads, -1).transpose(1, 2).contiguous()
+        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias_LL = grad.new_zeros(tiles.length, tiles.length, dtype=exact)
+        grad_table = None if ctx.table_size is None else grad_bias_LL.new_zeros(ctx.table_size)
+        for (rows, first, last, buckets), scores in zip(tiles.tiles, kept, strict=True):
+            above = _tile(grad, rows, first, last)
+            _tile(grad_v, rows, 0, last).baddbmm_(F.silu(scores).transpose(1, 2), above)
+            slope = torch.bmm(above, _tile(v, rows, 0, last).transpose(1, 2))
+            slope = torch.ops.aten.silu_backward(slope, scores)
+            _tile(grad_k, rows, 0, last).baddbmm_(slope.transpose(1, 2), _tile(q, rows, first, last))
+            _tile(grad_q, rows, first, last).baddbmm_(slope, _tile(k, rows, 0, last))
+            grad_bias_LL[first:last, :last] += slope.sum(0, dtype=exact)
+            if buckets is not None:
+                of_heads = slope.view(-1, num_heads, (last - first) * last)
+                weights = of_heads[:, 0] if num_heads == 1 else of_heads.sum(1)
+                grad_table += torch.bincount(buckets, weights.flatten().to(exact), len(grad_table))
+        return *(tiles.pack(x) for x in (grad_q, grad_k, grad_v)), grad_bias_LL, grad_table, None, None
+
+
+def _tile(block_BHLD: Tensor, rows: slice, first: int, last: int) -> Tensor:
+    """Return a view (rows * H, last - first, D): rows and heads of a contiguous block, or of one head, are one axis."""
+    part = block_BHLD[rows, :, first:last]
+    return part.view(-1, *part.shape[2:])
+
+
+class HSTULayer(nn.Module):
+    """One block: gates, values, queries and keys from one silu layer, attention, a norm, the gate, a residual."""
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__()
+        self.config = config
+        linear, attention = config.num_heads * config.linear_dim, config.num_heads * config.attention_dim
+        self.widths = (linear, linear, attention, attention)
+        self.project = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
+        self.output = nn.Linear(linear * (3 if config.concat_ua else 1), config.embedding_dim)
+        # distance d behind the newest key is entry N - 1 - d; the later half is never read, but published and counted
+        self.distances = nn.Parameter(torch.empty(2 * config.block_length - 1)) if config.position_bias else None
+        self.buckets = nn.Parameter(torch.empty(TIME_BUCKETS)) if config.time_bias else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw as published: N(0, 0.02), the output layer Xavier-uniform with torch's bias."""
+        self.output.reset_parameters()
+        nn.init.xavier_uniform_(self.output.weight)
+        for parameter in (self.project.weight, self.distances, self.buckets):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
+        normed_TD = F.layer_norm(x_TD, x_TD.shape[1:], eps=NORM_EPS)
+        u, v, q, k = F.silu(self.project(normed_TD)).split(self.widths, 1)
+        mixed = _PointwiseAttention.apply(q, k, v, self._bias(tiles), self.buckets, tiles, self.config.num_heads)
+        if self.config.denominator == "constant":
+            mixed = mixed / self.config.block_length
+        else:
+            mixed = mixed / tiles.layout.lengths_B[tiles.layout.rows_T, None]
+        a = F.layer_norm(mixed, mixed.shape[1:], eps=NORM_EPS)
+        gated = torch.cat([u, a, u * a], 1) if self.config.concat_ua else u * a
+        return x_TD + self.output(self.dropout(gated))
+
+    def _bias(self, tiles: Tiles) -> Tensor:
+        """Return the position bias (L, L), a strided view of one table; what is later is `FUTURE`."""
+        length, last = tiles.length, self.config.block_length
+        bias_LL = self.project.weight.new_zeros(length, length)
+        if self.distances is not None:
+            bias_LL = self.distances.unfold(0, length, 1)[last - length : last].flip(0)
+        return _causal(bias_LL)
+
+
+def _causal(bias_LL: Tensor) -> Tensor:
+    return bias_LL.masked_fill(torch.ones_like(bias_LL, dtype=torch.bool).triu(1), FUTURE)
+
+
+class ToyLayer(nn.Module):
+    """Toy-RecLM's block of that name: silu before the projections, rotary positions, no denominator, RMS norms."""
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__()
+        self.config = config
+        linear, attention = config.num_heads * config.linear_dim, config.num_heads * config.attention_dim
+        self.widths = (linear, linear, attention, attention)
+        self.norm, self.mixed_norm = nn.RMSNorm(config.embedding_dim, eps=1e-5), nn.RMSNorm(linear, eps=1e-5)
+        self.project = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
+        self.output = nn.Linear(linear, config.embedding_dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.normal_(self.output.weight, std=0.02 / math.sqrt(2 * self.config.num_blocks))
+
+    def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
+        u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.widths, 1)
+        q, k = (self._rotated(x, tiles.layout.columns_T) for x in (q / math.sqrt(self.config.attention_dim), k))
+        bias_LL = _causal(self.project.weight.new_zeros(tiles.length, tiles.length))
+        mixed = _PointwiseAttention.apply(q, k, v, bias_LL, None, tiles, self.config.num_heads)
+        return x_TD + self.dropout(self.output(self.mixed_norm(mixed) * u))
+
+    def _rotated(self, x_TC: Tensor, positions_T: Tensor) -> Tensor:
+        """Turn each pair of channels by its position times 10000 ** (-2 pair / attention_dim)."""
+        pairs = torch.arange(0, self.config.attention_dim, 2, device=x_TC.device) / self.config.attention_dim
+        angles_T1P = positions_T[:, None, None] * 10_000.0**-pairs
+        even, odd = x_TC.view(len(x_TC), self.config.num_heads, -1, 2).unbind(3)
+        sine, cosine = angles_T1P.sin().to(x_TC), angles_T1P.cos().to(x_TC)
+        return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], 3).flatten(1)
+
+
+class HSTU(SequenceModel):
+    """Predict the next item from the state of the newest one and, with `time_query="target"`, the time of request."""
+
+    config_class = HSTUConfig
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__(config)
+        width, toy = config.embedding_dim, config.block == "toy"
+        self.reads_times = config.time_bias
+        self.item_table = nn.Embedding(config.num_items + 1, width, padding_idx=PADDING_ID)
+        self.position_table = None if toy else nn.Embedding(config.block_length, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList((ToyLayer if toy else HSTULayer)(config) for _ in range(config.num_blocks))
+        self.final_norm = nn.RMSNorm(width, eps=1e-5) if toy else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights afresh, items from a normal cut at two deviations, then zero the padding row."""
+        for block in self.blocks:
+            block.reset_parameters()
+        if self.position_table is None:
+            nn.init.normal_(self.item_table.weight, std=0.02)
+        else:
+            nn.init.trunc_normal_(self.item_table.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.xavier_normal_(self.position_table.weight)
+        with torch.no_grad():
+            self.item_table.weight[PADDING_ID].zero_()
+
+    def item_vectors(self) -> Tensor:
+        table = self.item_table.weight
+        return table if self.config.temperature is None else F.normalize(table, dim=-1, eps=1e-6)
+
+    def forward(self, items_BL: Tensor, times_BL: Tensor | None = None, requests_B: Tensor | None = None) -> Tensor:
+        """Return the states (T, D), see `SequenceModel.forward`.
+
+        `times_BL` are the items' unix seconds; without them all elapsed times are zero. `requests_B` are the times of
+        the items to be predicted after the newest ones; by default the newest ones' own.
+        """
+        items_BL = newest(items_BL, self.config.max_sequence_length)
+        real_BL = items_BL != PADDING_ID
+        layout = Layout.of(real_BL)
+        times_T = query_times_T = None
+        if self.reads_times:
+            times_T = torch.zeros_like(layout.rows_T) if times_BL is None else times_BL[real_BL]
+            query_times_T = self._query_times(times_T, requests_B, layout)
+        tiles = Tiles(layout, self.config.num_heads, times_T, query_times_T)
+        x_TD = self.item_table(items_BL[real_BL]) * math.sqrt(self.config.embedding_dim)
+        if self.position_table is not None:
+            x_TD = x_TD + self.position_table(layout.columns_T)
+        x_TD = self.dropout(x_TD)
+        for block in self.blocks if len(x_TD) else ():
+            x_TD = block(x_TD, tiles)
+        x_TD = self.final_norm(x_TD)
+        if self.config.temperature is not None:
+            x_TD = F.normalize(x_TD, dim=-1, eps=1e-6) / self.config.temperature
+        return x_TD
+
+    def _query_times(self, times_T: Tensor, requests_B: Tensor | None, layout: Layout) -> Tensor:
+        if self.config.time_query == "self" or not len(times_T):
+            return times_T
+        filled_B = layout.lengths_B > 0
+        ends_R = layout.lengths_B.cumsum(0)[filled_B] - 1
+        last_R = times_T[ends_R] if requests_B is None else requests_B[filled_B]
+        return times_T.roll(-1).index_copy(0, ends_R, last_R)
