@@ -13,6 +13,7 @@ import platform
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,6 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def require_clean(scale: str, dirty: bool) -> None:
-    """Refuse a run whose numbers may be published from code that nobody can look up."""
-    if dirty and scale != "smoke":
-        raise InputError(f"scale {scale} runs committed code only, so that its record can name it: in a git checkout, "
-                         f"commit or revert the changes in {', '.join(SOURCES)}")  # fmt: skip
-
-
 def source_state() -> tuple[str, bool]:
     """Return the commit and whether what decides a result differs from it."""
     return commit_state(ROOT / name for name in SOURCES)
@@ -71,7 +65,9 @@ class Run:
             raise InputError(f"scale is {self.scale!r}; expected one of {', '.join(SCALES)}")
         if not re.fullmatch(rf".*[/\\]?\d\d(-[\w.-]+)?[/\\]seed{self.seed}", self.run_dir):
             raise InputError(f"run_dir is {self.run_dir}; expected it to end in <NN>[-variant]/seed{self.seed}")
-        require_clean(self.scale, self.state[1])
+        if self.state[1] and self.scale != "smoke":  # numbers that may be published, from code nobody can look up
+            raise InputError(f"scale {self.scale} runs committed code only, so that its record can name it: in a git "
+                             f"checkout, commit or revert the changes in {', '.join(SOURCES)}")  # fmt: skip
 
     @property
     def folder(self) -> Path:
@@ -109,6 +105,13 @@ class Record:
     commit: str
     dirty: bool
     deviations: list[str]
+
+    @classmethod
+    def of(cls, run: Run, **content) -> "Record":
+        """Return the record of a run with this content."""
+        commit, dirty = run.state
+        return cls(notebook=run.notebook, variant=run.variant, scale=run.scale, seed=run.seed, commit=commit,
+                   dirty=dirty, **content)  # fmt: skip
 
     @property
     def label(self) -> str:
@@ -158,16 +161,11 @@ def _check(values: dict, path: Path) -> None:
     for row in values["rows"]:
         if tuple(row)[: len(ROW_KEYS)] != ROW_KEYS:
             raise InputError(f"{path}: row {row.get('row')} has the keys {', '.join(row)}, not {', '.join(ROW_KEYS)}")
-        for metrics in (row["metrics"], *row["slices"].values()):
-            _check_metrics(metrics, f"{path}: row {row['row']}")
-
-
-def _check_metrics(metrics: dict, what: str) -> None:
-    for name, numbers in metrics.items():
-        if not (METRIC.fullmatch(name) or name in STATISTICS):
-            raise InputError(f"{what} has the unknown metric {name}")
-        if tuple(numbers) != ("value", "low", "high"):
-            raise InputError(f"{what}: {name} is {numbers}; expected value, low, high")
+        for name, numbers in chain(row["metrics"].items(), *(part.items() for part in row["slices"].values())):
+            if not (METRIC.fullmatch(name) or name in STATISTICS):
+                raise InputError(f"{path}: row {row['row']} has the unknown metric {name}")
+            if tuple(numbers) != ("value", "low", "high"):
+                raise InputError(f"{path}: row {row['row']}: {name} is {numbers}; expected value, low, high")
 
 
 def _plain(value: object, where: str) -> object:
@@ -215,14 +213,8 @@ def environment(device: str) -> dict:
 def protocol(prepared: PreparedSet) -> dict:
     """Return who is tested on what, and how the ranks behind `metrics` are counted."""
     choices = prepared.details["choices"]
-    return {
-        "split": choices["split"],
-        "validation": choices["validation"],
-        "ranking": "full",
-        "seen": "filtered",
-        "ties": "expected",
-        "time_tie_rule": choices["time_tie_rule"],
-    }
+    return {"split": choices["split"], "validation": choices["validation"], "ranking": "full", "seen": "filtered",
+            "ties": "expected", "time_tie_rule": choices["time_tie_rule"]}  # fmt: skip
 
 
 def write_record(
@@ -235,21 +227,15 @@ def write_record(
     missing = [row for row in rows if row.get("status", "ok") != "ok"]
     skipped = [row for row in missing if row["status"] == "not_attempted"]
     tried = [row["status"] for row in missing if row not in skipped]
-    worst = max(tried, key=("out_of_memory", "failed").index, default="ok")
-    record = Record(
-        notebook=run.notebook,
-        variant=run.variant,
-        scale=run.scale,
-        seed=run.seed,
-        status=worst,
+    record = Record.of(
+        run,
+        status=max(tried, key=("out_of_memory", "failed").index, default="ok"),
         reason="; ".join(f"{row['row']}: {row['reason']}" for row in missing) if tried else None,
         dataset={"name": prepared.name, "fingerprint": prepared.fingerprint},
         protocol=protocol(prepared),
         rows=rows,
         claims=list(claims),
         environment=environment(run.device),
-        commit=run.state[0],
-        dirty=run.state[1],
         deviations=[*deviations, *(f"{row['row']} was not attempted: {row['reason']}" for row in skipped)],
     )
     record.write(run.folder / "record.json")
@@ -267,13 +253,12 @@ def measured_row(result, prepared: PreparedSet) -> dict:
            "cost": result.cost}  # fmt: skip
     if result.status != "ok":
         return row | {"status": result.status, "reason": result.reason}
-    masks = slices(result.ranks, prepared)
     row["metrics"] = intervals(result.ranks.filtered, MAIN_KS)
     row["slices"] = {"seen_kept": intervals(result.ranks.kept, MAIN_KS)}
     if result.ranks.filtered.candidates_U.min() > SAMPLED:
         sampled = expected_sampled_metrics(result.ranks.filtered, SAMPLED)
         row["slices"][f"sampled_uniform_{SAMPLED}"] = _with_intervals(sampled)
-    for name, mask_U in masks.items():
+    for name, mask_U in slices(result.ranks, prepared).items():
         counts = result.ranks.filtered.subset(mask_U)
         row["slices"][name] = exact(users=len(counts.higher_U)) | intervals(counts, SLICE_KS)
     return row
@@ -311,11 +296,8 @@ def intervals(counts, ks: tuple[int, ...]) -> dict:
 def _with_intervals(per_user: dict[str, np.ndarray]) -> dict:
     from textrec.evaluation.significance import bootstrap_interval
 
-    measured = {}
-    for name, values_U in per_user.items():
-        low, high = bootstrap_interval(values_U[None, :])
-        measured[name] = {"value": float(np.mean(values_U)), "low": float(low), "high": float(high)}
-    return measured
+    found = {name: (float(values_U.mean()), *bootstrap_interval(values_U[None])) for name, values_U in per_user.items()}
+    return {name: dict(zip(("value", "low", "high"), numbers, strict=True)) for name, numbers in found.items()}
 
 
 def slices(ranks, prepared: PreparedSet) -> dict[str, np.ndarray]:

@@ -58,9 +58,9 @@ def write_study_record(run: Run, records: Sequence[Record], judged: Sequence[Jud
     """Write the record of the study itself: every verdict over all seeds, and a digest of the records behind it."""
     read = "\n".join(f"{record.label} {record.seed} {json.dumps(record.rows)}" for record in records)
     dataset = {"name": "records", "fingerprint": hashlib.sha256(read.encode()).hexdigest()[:16]}
-    record = Record(notebook=run.notebook, variant=run.variant, scale=run.scale, seed=run.seed, status="ok",
-                    dataset=dataset, protocol={}, rows=[], claims=[entry.verdict.record() for entry in judged],
-                    environment={}, commit=run.state[0], dirty=run.state[1], deviations=[])  # fmt: skip
+    verdicts = [entry.verdict.record() for entry in judged]
+    record = Record.of(run, status="ok", dataset=dataset, protocol={}, rows=[], claims=verdicts, environment={},
+                       deviations=[])  # fmt: skip
     record.write(run.folder / "record.json")
     return record
 
@@ -197,12 +197,8 @@ def readme_block(records: Mapping[str, Sequence[Record]] | None = None) -> str:
     lines = ["| data set | row | metric | published | ours, 95 % | seeds | verdict | scale |",
              "|---|---|---|--:|--:|--:|---|---|"]  # fmt: skip
     for entry, scale in tried:
-        verdict, claim = entry.verdict, entry.verdict.claim
-        if claim.source != "P":
-            ours = format_estimate(verdict.measured, verdict.low, verdict.high)
-            cells = (claim.dataset, claim.subject, claim.metric, format_estimate(claim.value), ours, len(entry.seeds),
-                     verdict.word, scale)  # fmt: skip
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+        if entry.verdict.claim.source != "P":
+            lines.append(f"| {' | '.join((*entry.shown(), str(len(entry.seeds)), entry.verdict.word, scale))} |")
     gates = [entry.verdict.word == claims.REPRODUCED for entry, _ in tried if entry.verdict.claim.source == "P"]
     return "\n".join([
         *lines, "",

@@ -25,16 +25,8 @@ from textrec.data.preparing import prepare
 from textrec.paths import FIGURES, NOTEBOOKS, ROOT, RUNS
 from textrec.provenance import code_hash
 from textrec.schema import InputError
+from textrec.study import parameters
 from textrec.study.claims import load_claims
-from textrec.study.parameters import (
-    COMMON,
-    code_cells,
-    notebook_path,
-    parameter_files,
-    read_header,
-    resolve_parameters,
-    variants,
-)
 from textrec.study.records import Record, Run, load_records, num_cores, write_record
 
 REPORT = "11"  # reads the records of all others: it runs last, once, always, and is no measurement itself
@@ -82,13 +74,14 @@ def run_notebook(
     """
     run, values = _prepare_run(number, scale, variant, seed, overrides)
     inputs = _inputs(run, values) if number != REPORT else {}
-    if inputs and not force and _is_done(run, inputs):
+    earlier = _record_of(run) if inputs and not force else None
+    if earlier and (earlier.status, earlier.environment.get("inputs")) == ("ok", inputs):
         return Outcome(run.label, run.seed, "skipped", None, 0.0)
     started = time.perf_counter()
     tell = (lambda line: progress(f"{run.label} seed {run.seed}: {line}")) if progress else (lambda line: None)
     with naming_full_disk(run.folder, f"run {run.label} again; its finished rows are kept"):
         try:
-            status, reason = _execute(notebook_path(number), values, run.folder, tell)
+            status, reason = _execute(parameters.notebook_path(number), values, run.folder, tell)
         finally:  # of this run and of killed ones before it
             remove_partials(run.folder)
             remove_partials(FIGURES / scale, f"{run.notebook}_*")
@@ -107,13 +100,13 @@ def _prepare_run(number: str, scale: str, variant: str | None, seed: int, overri
     common = {"scale": scale, "seed": seed, "run_dir": run_dir}
     if taken := common.keys() & (overrides or {}):
         raise InputError(f"{min(taken)} is no parameter to override: the scale and the seed of a run decide it")
-    values = resolve_parameters(number, scale, variant, (overrides or {}) | common)
-    return Run(**{name: values[name] for name in COMMON}), values
+    values = parameters.resolve_parameters(number, scale, variant, (overrides or {}) | common)
+    return Run(**{name: values[name] for name in parameters.COMMON}), values
 
 
 def _inputs(run: Run, values: dict[str, object]) -> dict:
     """Return what decides a record: digests of code, claims and parameters, fingerprints of the data sets."""
-    cells = [ast.dump(ast.parse(source)) for source, _ in code_cells(notebook_path(run.notebook))]
+    cells = [ast.dump(ast.parse(source)) for source, _ in parameters.code_cells(parameters.notebook_path(run.notebook))]
     judged_by = [str(claim) for claim in load_claims().values() if claim.notebook == run.notebook]
     described = json.dumps([cells, judged_by, values], sort_keys=True)
     names = [run.dataset, *(name for key, value in values.items() if key.endswith("datasets") for name in value)]
@@ -126,10 +119,9 @@ def _inputs(run: Run, values: dict[str, object]) -> dict:
     }
 
 
-def _is_done(run: Run, inputs: dict) -> bool:
+def _record_of(run: Run) -> Record | None:
     path = run.folder / "record.json"
-    record = Record.read(path) if path.is_file() else None
-    return record is not None and record.status == "ok" and record.environment.get("inputs") == inputs
+    return Record.read(path) if path.is_file() else None
 
 
 @contextlib.contextmanager
@@ -179,12 +171,13 @@ def _execute(notebook: Path, values: dict[str, object], folder: Path, tell: Prog
 
     folder.mkdir(parents=True, exist_ok=True)
     log, status, reason = folder / "run.log", "ok", None
+    num_cells = len(list(parameters.code_cells(notebook))) + 1  # papermill adds one
     partial = folder / f"executed.partial-{os.getpid()}.ipynb"  # papermill wants the suffix
     try:
         with following(log, tell):
             papermill.execute_notebook(
                 notebook, partial, values, kernel_name="python3", cwd=ROOT, progress_bar=False, log_output=False,
-                on_cell_start=_cell_teller(len(list(code_cells(notebook))) + 1, tell),  # papermill adds a cell
+                on_cell_start=_cell_teller(num_cells, tell),
                 extra_arguments=[
                     "--IPKernelApp.log_level=ERROR",  # it warns of its own sockets at every start
                     f"--IPKernelApp.exec_lines={LOG_TO_FILE.format(path=str(log))}",
@@ -204,16 +197,14 @@ def _execute(notebook: Path, values: dict[str, object], folder: Path, tell: Prog
 
 def _final_record(run: Run, status: str, reason: str | None, told: dict) -> Record:
     """Complete the record that the notebook wrote with `told`; where it wrote none, write one that says why."""
-    path = run.folder / "record.json"
-    record = Record.read(path) if path.is_file() else None
+    record = _record_of(run)
     if record is None or "inputs" in record.environment:  # the record of an earlier run
         if status == "ok":
             status, reason = "failed", "the notebook ended without writing a record"
         record = write_record(run, prepare(run.dataset), rows=[])
-    if status != "ok":
-        record = dataclasses.replace(record, status=status, reason=reason)
-    record = dataclasses.replace(record, environment=record.environment | told)
-    record.write(path)
+    ended = {"status": status, "reason": reason} if status != "ok" else {}
+    record = dataclasses.replace(record, environment=record.environment | told, **ended)
+    record.write(run.folder / "record.json")
     return record
 
 
@@ -226,7 +217,7 @@ def plan(scale: str, *, numbers: Sequence[str] | None = None, seeds: Sequence[in
     return [
         _prepare_run(number, scale, variant, seed, None)[0]
         for number in numbers
-        for variant in variants(number, scale) or [None]
+        for variant in parameters.variants(number, scale) or [None]
         for seed in (seeds if number != REPORT else seeds[:1])
     ]
 
@@ -266,15 +257,14 @@ def run_study(
 @contextlib.contextmanager
 def _shared_cores(jobs: int) -> Iterator[None]:
     """Give each of several kernels its share of the cores: two processes with two threads each slow each other down."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    before = dict(os.environ)
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // jobs))
     try:
         yield
     finally:
-        if jobs > 1:
-            os.environ.pop("OMP_NUM_THREADS")
-            os.environ |= {"OMP_NUM_THREADS": before} if before else {}
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def estimate_seconds(run: Run) -> float | None:
@@ -283,6 +273,6 @@ def estimate_seconds(run: Run) -> float | None:
     took = [record.environment.get("wall_s", 0.0) for record in records if record.variant == run.variant]
     if took:
         return max(took)
-    header = read_header(parameter_files(run.notebook, run.scale, run.variant)[-1]).get("time", "")
-    found = re.search(r"(\d+(?:\.\d+)?) ?(s|min|h)\b", header)
+    path = parameters.parameter_files(run.notebook, run.scale, run.variant)[-1]
+    found = re.search(r"(\d+(?:\.\d+)?) ?(s|min|h)\b", parameters.read_header(path).get("time", ""))
     return float(found[1]) * UNITS[found[2]] if found else None

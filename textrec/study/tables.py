@@ -26,8 +26,13 @@ class Judged:
     """A verdict over all seeds, and the command that makes its number again."""
 
     verdict: Verdict
-    seeds: tuple[int, ...]
-    command: str
+    seeds: tuple[int, ...] = ()
+    command: str = ""
+
+    def shown(self) -> tuple[str, ...]:
+        """Return the texts of a line: data set, row, metric, the published value, ours with its interval."""
+        claim, ours = self.verdict.claim, (self.verdict.measured, self.verdict.low, self.verdict.high)
+        return claim.dataset, claim.subject, claim.metric, format_estimate(claim.value), format_estimate(*ours)
 
 
 def combine(estimates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -53,9 +58,10 @@ def group_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     for label, group in groups.items():
         for record in group[1:]:
             for field in ("dataset", "protocol"):
-                if getattr(record, field) != getattr(group[0], field):
-                    raise InputError(f"{label}: seeds {group[0].seed} and {record.seed} differ in their {field}: "
-                                     f"{getattr(group[0], field)} and {getattr(record, field)}")
+                first, other = (getattr(one, field) for one in (group[0], record))
+                if first != other:
+                    seeds = f"seeds {group[0].seed} and {record.seed}"
+                    raise InputError(f"{label}: {seeds} differ in their {field}: {first} and {other}")
     return groups
 
 
@@ -109,11 +115,10 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
     """
     claims = load_claims() if claims is None else claims
     if scale == "smoke":
-        return [Judged(Verdict(claim, PLUMBING), (), "") for claim in claims.values() if claim.row]
+        return [Judged(Verdict(claim, PLUMBING)) for claim in claims.values() if claim.row]
     judged: dict[str, Judged] = {}
     for group in group_records(records).values():
-        first = group[0]
-        rows = merged_rows(group)
+        first, rows = group[0], merged_rows(group)
         seeds = {row["row"]: row["seeds"] for row in rows}
         verdicts = judge_rows(rows, notebook=first.notebook, dataset=first.dataset["name"], protocol=first.protocol,
                               scale=first.scale, differences=_differences(group, claims), claims=claims)  # fmt: skip
@@ -124,7 +129,7 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
     for claim in claims.values():
         if claim.row and claim.id not in judged:
             reason = f"no record of notebook {claim.notebook} on {claim.dataset}"
-            judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason), (), "")
+            judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason))
     return [judged[name] for name, claim in claims.items() if claim.row]
 
 
@@ -153,21 +158,18 @@ def judge_run(run: Run, prepared: PreparedSet, rows: Sequence[Mapping], results:
 
 def paired_difference(first: Sequence[Ranks], second: Sequence[Ranks], metric: str) -> tuple[float, ...]:
     """Return (mean, low, high, p) of first minus second over the same users, seed by seed: 95 % and randomisation."""
+    from textrec.evaluation.metrics import per_user_metrics
     from textrec.evaluation.significance import bootstrap_interval, paired_randomisation
 
     for a, b in zip(first, second, strict=True):
         if not (np.array_equal(a.users_U, b.users_U) and np.array_equal(a.targets_U, b.targets_U)):
             raise InputError("two rows rank different users or targets; a paired difference needs the same")
-    a_SU, b_SU = (np.stack([_per_user(ranks, metric) for ranks in side]) for side in (first, second))
+    ks = (int(metric.partition("@")[2] or 1),)
+    a_SU, b_SU = (
+        np.stack([per_user_metrics(ranks.filtered, ks=ks)[metric] for ranks in side]) for side in (first, second)
+    )
     low, high = bootstrap_interval(a_SU - b_SU)
     return float((a_SU - b_SU).mean()), float(low), float(high), float(paired_randomisation(a_SU, b_SU))
-
-
-def _per_user(ranks: Ranks, metric: str) -> np.ndarray:
-    from textrec.evaluation.metrics import per_user_metrics
-
-    k = int(metric.partition("@")[2] or 1)
-    return per_user_metrics(ranks.filtered, ks=(k,))[metric]
 
 
 def ranks_at_hand(group: Sequence[Record]) -> dict[str, list[Ranks]]:
@@ -189,6 +191,8 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
     """
     import pandas
 
+    from textrec.evaluation.significance import holm
+
     rows = merged_rows(group)
     known = {row["row"]: row for row in rows}
     if reference is None:
@@ -198,10 +202,7 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
     ranks = ranks_at_hand(group) if ranks is None else ranks
     paired = {name: paired_difference(ranks[name], ranks[reference], metric)
               for name in known if name != reference and {name, reference} <= ranks.keys()}  # fmt: skip
-    if paired:
-        from textrec.evaluation.significance import holm
-
-        corrected = dict(zip(paired, holm([p for *_, p in paired.values()]), strict=True))
+    corrected = dict(zip(paired, holm([p for *_, p in paired.values()]), strict=True))
     lines = []
     for name, row in known.items():
         measured, base = (known[key]["metrics"].get(metric, {}) for key in (name, reference))
@@ -211,7 +212,7 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
             "row": name, "changed": row["changed"], "status": row["reason"] or row["status"],
             "seeds": len(row["seeds"]), metric: measured.get("value"), "low": measured.get("low"),
             "high": measured.get("high"), "sd": measured.get("sd"), "difference": mean, "difference_low": low,
-            "difference_high": high, "p_holm": corrected[name] if name in paired else None,
+            "difference_high": high, "p_holm": corrected.get(name),
             "wall_s": row["cost"].get("wall_s"),
         })  # fmt: skip
     return pandas.DataFrame(lines)
@@ -226,7 +227,7 @@ def verdict_table(verdicts: Iterable[Verdict | Judged]):
 
     lines = []
     for entry in verdicts:
-        judged = entry if isinstance(entry, Judged) else Judged(entry, (), "")
+        judged = entry if isinstance(entry, Judged) else Judged(entry)
         verdict, claim = judged.verdict, judged.verdict.claim
         lines.append({
             "claim": claim.id, "dataset": claim.dataset, "row": claim.subject, "metric": claim.metric,
@@ -269,7 +270,7 @@ def export_table(frame, stem: Path, *, scale: str) -> list[Path]:
     """Write a frame as `<stem>.csv` and `<stem>.tex`; the smoke scale has nothing that may be tracked."""
     if scale == "smoke":
         raise InputError(f"{stem.name} is asked for at scale smoke, whose numbers never reach a tracked table")
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".tex")]
-    write_text(paths[0], frame.to_csv(index=False, lineterminator="\n"))
-    write_text(paths[1], frame.to_latex(index=False, escape=True, na_rep="", float_format="%.4f"))
-    return paths
+    csv, tex = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".tex"))
+    write_text(csv, frame.to_csv(index=False, lineterminator="\n"))
+    write_text(tex, frame.to_latex(index=False, escape=True, na_rep="", float_format="%.4f"))
+    return [csv, tex]
