@@ -50,8 +50,8 @@ def test_every_row_is_drawn_with_its_ring_its_diamonds_and_the_line_through_it()
     figure = figures.plot_rows(data)
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["two_stage", "zero_shot", "no_pretraining"]
-    assert [bar.get_width() for bar in axes.patches] == [0.1, 0.09]
-    assert drawn(figure, "o") == pytest.approx([0.05, 0.045]) and set(drawn(figure, "d")) >= {0.1027, 0.0722}
+    assert drawn(figure, "o") == pytest.approx([0.1, 0.05, 0.09, 0.045])  # a row and its ring
+    assert set(drawn(figure, "d")) >= {0.1027, 0.0722}
     texts = [text.get_text() for text in axes.texts]
     assert texts == ["RuntimeError: the loss is nan at step 900", "sasrec_ce"]
 

@@ -4,9 +4,8 @@ Every `plot_*` function takes what its sidecar JSON will hold, so that a colour 
 be looked up. Colours after Okabe and Ito, told apart with any colour vision; lines and points are labelled directly.
 """
 
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from textrec.data.files import replacing
 from textrec.paths import FIGURES
 from textrec.study.claims import load_claims, mismatch
-from textrec.study.records import Record, Run
+from textrec.study.records import Record, Run, write_text
 from textrec.study.tables import merged_rows
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#000000")
@@ -62,15 +61,14 @@ def save_figure(figure, run: Run, name: str, data: object, *, seeds: Sequence[in
     provenance = {"scale": run.scale, "run": run.label, "seeds": [run.seed] if seeds is None else list(seeds),
                   "commit": run.state[0], "dirty": run.state[1], "fingerprint": fingerprint}  # fmt: skip
     _footer(figure, provenance)
-    stem = (FIGURES / run.scale if folder is None else folder) / f"{run.label}_{name}"
-    with house_style():
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            image = io.BytesIO()
-            figure.savefig(image, format=suffix, bbox_inches="tight", metadata=metadata)
-            _write(stem.with_name(f"{stem.name}.{suffix}"), image.getvalue())
-    sidecar = json.dumps(provenance | {"data": plain(data)}, indent=1, ensure_ascii=False, allow_nan=False)
-    _write(stem.with_name(f"{stem.name}.json"), f"{sidecar}\n".encode())
-    return stem.with_name(f"{stem.name}.png")
+    folder = FIGURES / run.scale if folder is None else folder
+    png, svg, sidecar = (folder / f"{run.label}_{name}.{suffix}" for suffix in ("png", "svg", "json"))
+    for path, metadata in ((png, {"Software": None}), (svg, {"Date": None, "Creator": None})):
+        with house_style(), replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:], bbox_inches="tight", metadata=metadata)
+    told = json.dumps(provenance | {"data": plain(data)}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(sidecar, f"{told}\n")
+    return png
 
 
 def plain(data: object) -> object:
@@ -84,11 +82,6 @@ def plain(data: object) -> object:
     if isinstance(data, list | tuple | range):
         return [plain(value) for value in data]
     return None if isinstance(data, float) and not np.isfinite(data) else data
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as partial:
-        partial.write_bytes(content)
 
 
 def _footer(figure, provenance: Mapping) -> None:
@@ -131,23 +124,32 @@ def ladder_data(group: Sequence[Record], metric: str = "ndcg@10") -> dict:
     first = group[0]
     rows = [{"row": row["row"], "changed": row["changed"], "status": row["reason"] or row["status"],
              "seeds": len(row["seeds"])} | row["metrics"].get(metric, {}) for row in merged_rows(group)]  # fmt: skip
-    name, protocol = first.dataset["name"], first.protocol
-    published = [
+    published = published_levels(first, metric, first.protocol, {row["row"] for row in rows})
+    return {"dataset": first.dataset["name"], "metric": metric, "rows": rows, "published": published}
+
+
+def published_levels(record: Record, metric: str, protocol: Mapping[str, str], rows: Collection[str]) -> list[dict]:
+    """Return the published levels on the record's set that stand beside `rows`; smoke has none.
+
+    They are of this `protocol` but for the validation, which takes no test target away.
+    """
+    return [
         {"row": claim.row or claim.beside, "judged": claim.row is not None, "system": claim.system,
-         "paper": claim.paper, "value": claim.value, "claim": claim.id}
+         "paper": claim.paper, "notebook": claim.notebook, "value": claim.value, "claim": claim.id}
         for claim in load_claims().values()
-        if claim.kind == "level" and claim.source != "P" and claim.metric == metric and first.scale != "smoke"
-        and not mismatch(claim, protocol | {"validation": claim.protocol.get("validation")}, name)
+        if (claim.kind, claim.metric) == ("level", metric) and claim.source != "P" and record.scale != "smoke"
+        and (claim.row or claim.beside) in rows
+        and not mismatch(claim, protocol | {"validation": claim.protocol.get("validation")}, record.dataset["name"])
     ]  # fmt: skip
-    known = {row["row"] for row in rows}
-    published = [marker for marker in published if marker["row"] in known]
-    return {"dataset": name, "metric": metric, "rows": rows, "published": published}
 
 
 def plot_ladder(data: Mapping):
-    """Draw every row of ours with its 95 % interval, the published levels beside it, and failed rows by name."""
+    """Draw every row of ours with its 95 % interval, the published levels beside it, and failed rows by name.
+
+    A row may have a value with seen items `kept` among the candidates, a ring; `lines` are rows drawn through all.
+    """
     with house_style():
-        rows = data["rows"]
+        rows, lines = data["rows"], data.get("lines", ())
         figure, ((axes,),) = _subplots(0.9 + 0.34 * len(rows))
         colour = colours(row["row"] for row in rows if row.get("value") is not None)  # the same as the curves'
         place = {row["row"]: -index for index, row in enumerate(rows)}
@@ -159,10 +161,16 @@ def plot_ladder(data: Mapping):
                 continue
             axes.hlines(y, row["low"], row["high"], color=colour[row["row"]], linewidth=2.4)
             axes.plot(row["value"], y, "o", color=colour[row["row"]], markersize=6)
+            axes.plot(row.get("kept", []), [y] * ("kept" in row), "o", color="black", fillstyle="none", markersize=5)
         for marker in sorted(data["published"], key=lambda marker: marker["judged"]):
             style = {"color": "black", "markersize": 7} if marker["judged"] else {"color": GREY, "markersize": 5}
             axes.plot(marker["value"], place[marker["row"]] - 0.3, "d", fillstyle="none", **style)
+        for line in lines:
+            axes.axvline(line["value"], color=GREY, linestyle="--", linewidth=1.2)
+            axes.text(line["value"], 0.65, line["row"], color=GREY, fontsize=8, ha="center", va="bottom")
         axes.plot([], [], "o", color=PALETTE[0], label="ours, 95 % interval")
+        if any("kept" in row for row in rows):
+            axes.plot([], [], "o", color="black", fillstyle="none", markersize=5, label="ours, seen items kept")
         if data["published"]:
             axes.plot([], [], "d", color="black", fillstyle="none", label="published, the level we are judged by")
             axes.plot([], [], "d", color=GREY, fillstyle="none", markersize=5, label="published by others")
@@ -171,8 +179,8 @@ def plot_ladder(data: Mapping):
         axes.grid(axis="y", visible=False)
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{data['metric']}, full ranking")
-        axes.set_title(data["dataset"])
-        figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+        axes.set_title(data["dataset"], pad=18 if lines else None)
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
@@ -190,24 +198,21 @@ def curve_data(results: Iterable) -> list[dict]:
     return lines
 
 
-def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch", y: str = "ndcg@10"):
-    """Draw the validation curve of every row, its best point marked and its name at its end; `x` may be "minutes"."""
+def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch"):
+    """Draw the ndcg@10 of every row, its best point marked and its name at its end; `x` may be "minutes"."""
     with house_style():
         figure, ((axes,),) = _subplots(3.6)
         names = list(dict.fromkeys(line["row"] for line in data))
         ends = []
         for name, colour in colours(names).items():
-            points = [(line[x], line[y]) for line in data if line["row"] == name and line.get(y) is not None]
-            if not points:
-                continue
-            xs, ys = zip(*points, strict=True)
-            axes.plot(xs, ys, color=colour, linewidth=1.5)
-            if "loss" not in y:
-                best = int(np.argmax(ys))
-                axes.plot(xs[best], ys[best], "o", color=colour, markersize=5)
-            ends.append((xs[-1], ys[-1], name, colour))
+            lines = (line for line in data if line["row"] == name and line.get("ndcg@10") is not None)
+            points = [(line[x], line["ndcg@10"]) for line in lines]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5)
+                axes.plot(*max(points, key=lambda point: point[1]), "o", color=colour, markersize=5)
+                ends.append((*points[-1], name, colour))
         axes.set_xlabel({"epoch": "epoch", "minutes": "minutes of training"}.get(x, x))
-        axes.set_ylabel(f"{y} on validation targets" if "loss" not in y else y.replace("_", " "))
+        axes.set_ylabel("ndcg@10 on validation targets")
         axes.xaxis.get_major_locator().set_params(integer=x == "epoch")
         _label_ends(axes, ends)
     return figure
@@ -251,7 +256,7 @@ def plot_history_lengths(data: Mapping[str, Sequence[float]], *, cutoffs: Sequen
     return figure
 
 
-def plot_bars(data: Sequence[Mapping], *, xlabel: str, title: str = "", percent: bool = False):
+def plot_bars(data: Sequence[Mapping], *, xlabel: str, percent: bool = False):
     """Draw labelled bars {label, value, low?, high?, group?}: e.g. test targets that another tie rule changes.
 
     With `percent` values are shares and are drawn as percentages. Bars of one `group` share a colour and a name.
@@ -274,7 +279,6 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, title: str = "", percent:
         axes.margins(x=0.12)
         axes.set_xlim(0, axes.get_xlim()[1] if any(bar["value"] for bar in data) else 1)
         axes.set_xlabel(f"{xlabel} (%)" if percent else xlabel)
-        axes.set_title(title)
         if len(colour) > 1:
             handles = [axes.barh(np.nan, np.nan, color=shade, label=name) for name, shade in colour.items()]
             figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=8)
@@ -284,24 +288,25 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, title: str = "", percent:
 # ---- protocols and cost ----------------------------------------------------------------------------------------------
 
 
-def protocol_data(group: Sequence[Record], metric: str = "ndcg@10", *, other: str = "seen_kept") -> list[dict]:
-    """Return per row the metric under the main protocol (x) and in the slice `other` (y), from records."""
+def protocol_data(group: Sequence[Record], metric: str = "ndcg@10") -> list[dict]:
+    """Return per row the metric with seen items filtered (x) and kept (y), from records."""
     return [
-        {"row": row["row"], "x": row["metrics"][metric]["value"], "y": row["slices"][other][metric]["value"]}
+        {"row": row["row"], "x": row["metrics"][metric]["value"], "y": row["slices"]["seen_kept"][metric]["value"]}
         for row in merged_rows(group)
-        if metric in row["metrics"] and metric in row["slices"].get(other, {})
+        if metric in row["metrics"] and metric in row["slices"].get("seen_kept", {})
     ]
 
 
-def cost_data(group: Sequence[Record], metric: str = "ndcg@10", *, cost: str = "wall_s") -> list[dict]:
-    """Return per row the mean cost of one seed (x) and the metric with its interval (y, low, high), from records."""
-    return [
-        {"row": row["row"], "x": max(row["cost"][cost] / max(1, len(row["seeds"])), 0.01),  # 0 has no logarithm
-         "y": row["metrics"][metric]["value"], "low": row["metrics"][metric]["low"],
-         "high": row["metrics"][metric]["high"]}
-        for row in merged_rows(group)
-        if metric in row["metrics"] and cost in row["cost"]
-    ]  # fmt: skip
+def cost_data(group: Sequence[Record], metric: str = "ndcg@10") -> list[dict]:
+    """Return per row the mean wall time of one seed (x) and the metric with its interval (y, low, high)."""
+    lines = []
+    for row in (row for row in merged_rows(group) if metric in row["metrics"] and "wall_s" in row["cost"]):
+        measured, seconds = row["metrics"][metric], row["cost"]["wall_s"] / max(1, len(row["seeds"]))
+        bounds = {"low": measured["low"], "high": measured["high"]}
+        lines.append(
+            {"row": row["row"], "x": max(seconds, 0.01), "y": measured["value"], **bounds}
+        )  # 0 has no logarithm
+    return lines
 
 
 def plot_scatter(data: Sequence[Mapping], *, xlabel: str, ylabel: str, diagonal: bool = False, log_x: bool = False):

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from textrec.study.claims import load_claims, mismatch
-from textrec.study.figures import GREY, WIDTH, colours, house_style
+from textrec.study.figures import WIDTH, colours, house_style, plot_ladder, published_levels
 from textrec.study.records import Record, intervals
 from textrec.study.tables import merged_rows
 
@@ -14,54 +13,23 @@ MARKERS = "osD^vP*X"
 
 
 def row_data(group: Sequence[Record], rows: Sequence[str], lines: Sequence[str] = (), metric: str = "ndcg@10") -> dict:
-    """Return rows with seen items filtered and kept, rows to be drawn as `lines`, and the published levels of the set.
+    """Return a ladder of `rows` with seen items filtered and kept, rows to be drawn as `lines`, and published levels.
 
     Published levels are those of the notebook's claims, whose papers keep seen items among the candidates.
     """
-    first, kept, told = group[0], group[0].protocol | {"seen": "kept"}, {}
+    first, told = group[0], {}
     for row in merged_rows(group):
-        with_seen = row["slices"].get("seen_kept", {}).get(metric, {})
-        told[row["row"]] = {"row": row["row"], "status": row["reason"] or row["status"], "kept": with_seen.get("value")}
-        told[row["row"]] |= row["metrics"].get(metric, {})
-    published = [
-        {"row": claim.row or claim.beside, "system": claim.system, "value": claim.value, "claim": claim.id}
-        for claim in load_claims().values()
-        if (claim.kind, claim.metric, claim.notebook) == ("level", metric, first.notebook) and first.scale != "smoke"
-        and (claim.row or claim.beside) in rows and not mismatch(claim, kept, first.dataset["name"])
-    ]  # fmt: skip
-    return {"dataset": first.dataset["name"], "metric": metric, "rows": [told[row] for row in rows if row in told],
+        measured, with_seen = row["metrics"].get(metric, {}), row["slices"].get("seen_kept", {}).get(metric)
+        told[row["row"]] = {"row": row["row"], "status": row["reason"] or row["status"]} | measured
+        told[row["row"]] |= {"kept": with_seen["value"]} if with_seen else {}
+    rows = [row for row in rows if row in told]
+    published = published_levels(first, metric, first.protocol | {"seen": "kept"}, rows)
+    published = [marker for marker in published if marker["notebook"] == first.notebook]
+    return {"dataset": first.dataset["name"], "metric": metric, "rows": [told[row] for row in rows],
             "lines": [told[row] for row in lines if "value" in told.get(row, {})], "published": published}  # fmt: skip
 
 
-def plot_rows(data: Mapping):
-    """Draw a bar per row with its 95 % interval, a ring where seen items are kept, and `lines` through all rows."""
-    import matplotlib.pyplot as plt
-
-    with house_style():
-        figure, axes = plt.subplots(figsize=(WIDTH, 1.3 + 0.34 * len(data["rows"])))
-        colour, place = colours(row["row"] for row in data["rows"] if "value" in row), {}
-        for y, row in enumerate(data["rows"]):
-            place[row["row"]] = y
-            if "value" not in row:
-                axes.text(0.01, y, row["status"][:90], color=GREY, va="center", transform=axes.get_yaxis_transform())
-                continue
-            axes.barh(y, row["value"], color=colour[row["row"]], height=0.6, alpha=0.85)
-            axes.hlines(y, row["low"], row["high"], color="black", linewidth=1.3)
-            axes.plot(row["kept"], y, "o", color="black", markerfacecolor="white", markersize=5)
-        for line in data["lines"]:
-            axes.axvline(line["value"], color=GREY, linestyle="--", linewidth=1.2)
-            axes.text(line["value"], -0.65, line["row"], color=GREY, fontsize=8, ha="center", va="bottom")
-        for marker in data["published"]:
-            axes.plot(marker["value"], place[marker["row"]] + 0.33, "d", color="black", fillstyle="none", markersize=7)
-        names = {"-": "95 % interval, seen items filtered", "o": "seen items kept", "d": "published, seen items kept"}
-        for style in list(names)[: 3 if data["published"] else 2]:
-            axes.plot([], [], style, color="black", markerfacecolor="white", label=names[style])
-        axes.set_yticks(range(len(place)), list(place))
-        axes.grid(axis="y", visible=False)
-        axes.set(xlim=(0, None), ylim=(len(place) - 0.4, -0.6))
-        axes.set_xlabel(f"{data['metric']}, full ranking, {data['dataset']}")
-        figure.legend(loc="outside upper left", ncols=3, fontsize=8)
-    return figure
+plot_rows = plot_ladder
 
 
 def slice_data(group: Sequence[Record], rows: Sequence[str], metric: str = "ndcg@10") -> list[dict]:
