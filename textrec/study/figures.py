@@ -288,12 +288,12 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, percent: bool = False):
 # ---- protocols and cost ----------------------------------------------------------------------------------------------
 
 
-def protocol_data(group: Sequence[Record], metric: str = "ndcg@10") -> list[dict]:
-    """Return per row the metric with seen items filtered (x) and kept (y), from records."""
+def protocol_data(group: Sequence[Record], metric: str = "ndcg@10", *, other: str = "seen_kept") -> list[dict]:
+    """Return per row the metric under the main protocol (x) and in the slice `other` (y), from records."""
     return [
-        {"row": row["row"], "x": row["metrics"][metric]["value"], "y": row["slices"]["seen_kept"][metric]["value"]}
+        {"row": row["row"], "x": row["metrics"][metric]["value"], "y": row["slices"][other][metric]["value"]}
         for row in merged_rows(group)
-        if metric in row["metrics"] and metric in row["slices"].get("seen_kept", {})
+        if metric in row["metrics"] and metric in row["slices"].get(other, {})
     ]
 
 
