@@ -16,7 +16,8 @@ SMALL = {"all": {"max_epochs": 2, "embedding_dim": 8, "max_sequence_length": 8, 
 
 def test_every_trained_preset_runs(ring, tmp_path):
     trained = [name for name, preset in PRESETS.items() if preset.model not in CONTROLS]
-    results = run_rows(trained, ring, seed=0, run_dir=tmp_path, overrides=SMALL)
+    overrides = SMALL | {"llama_toy": {"num_heads": 2, "num_blocks": 2}}
+    results = run_rows(trained, ring, seed=0, run_dir=tmp_path, overrides=overrides)
     assert [(r.row, r.status, r.reason) for r in results] == [(name, "ok", None) for name in trained]
     for result in results:
         assert len(result.ranks.users_U) == 40

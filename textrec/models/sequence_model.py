@@ -166,7 +166,8 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
 
 
 def _subclasses(cls: type) -> list[type]:
-    from textrec.models import bert4rec, gru4rec, hstu, sasrec  # noqa: F401 - a class is found once its module is imported
+    # a class is found once its module is imported
+    from textrec.models import bert4rec, gru4rec, hstu, llama, sasrec  # noqa: F401
 
     found = cls.__subclasses__()
     return found + [deeper for each in found for deeper in each.__subclasses__()]

@@ -33,7 +33,8 @@ class TrainingConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0  # on matrices only, decoupled
     warmup_steps: int = 0
-    schedule: str = "constant"  # constant | cosine, to zero at max_epochs
+    schedule: str = "constant"  # constant | cosine, to final_learning_rate at max_epochs
+    final_learning_rate: float = 0.0
     gradient_clip: float | None = None  # global norm
     max_epochs: int = 100
     patience: int = 10  # validations without a better ndcg@10 before training stops
@@ -57,6 +58,8 @@ class TrainingConfig:
         for name in ("batch_size", "accumulate", "max_epochs", "patience", "validate_every", "num_negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not 0.0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(f"{self.final_learning_rate=}: expected 0 to {self.learning_rate=}")
 
 
 class SequenceModule(DistributedModule):
@@ -135,6 +138,7 @@ class SequenceModule(DistributedModule):
         if config.schedule == "constant" and not config.warmup_steps:
             return optimizer
         total = self.trainer.estimated_stepping_batches
+        floor = config.final_learning_rate / config.learning_rate
 
         def factor(step: int) -> float:
             if step < config.warmup_steps:
@@ -142,7 +146,7 @@ class SequenceModule(DistributedModule):
             if config.schedule == "constant":
                 return 1.0
             progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
-            return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+            return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,7 +1,7 @@
 """The named rows of the ID-baseline ladder: which model, which configuration, which training, and what it changes.
 
-Published settings as the specifications of SASRec (pmixer's port), gSASRec, "Turning Dross into Gold Loss", eSASRec and
-BERT4Rec give them; `sasrec_*` rows differ from the reference row `sasrec_ce` in one thing each.
+Published settings as the specifications of SASRec (pmixer's port), gSASRec, "Turning Dross into Gold Loss", eSASRec,
+BERT4Rec, HSTU and Toy-RecLM give them; `sasrec_*` rows differ from the reference row `sasrec_ce` in one thing each.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ CONTROLS = ("popularity", "last_item", "markov", "random")
 class Preset:
     """A row of a table before a data set is chosen."""
 
-    model: str  # SASRec | BERT4Rec | GRU4Rec | HSTU, or a control of textrec.evaluation.controls
+    model: str  # SASRec | BERT4Rec | GRU4Rec | HSTU | Llama, or a control of textrec.evaluation.controls
     changed: str  # the one difference from the reference row
     model_settings: dict[str, Any] = field(default_factory=dict)
     training_settings: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +47,10 @@ _TOY = {
 _META = {
     "loss": "sampled_softmax", "num_negatives": 128, "share_negatives": False, "adam_betas": (0.9, 0.98),
     "max_epochs": 101,
+}  # fmt: skip
+_LLAMA = {"embedding_dim": 64, "num_blocks": 2, "num_heads": 1, "dropout": 0.2}
+_TOY_LLAMA = {
+    "max_sequence_length": 50, "embedding_dim": 512, "num_blocks": 8, "num_heads": 8, "dropout": 0.0, "faithful": True,
 }  # fmt: skip
 _BCE = {"loss": "gbce", "num_negatives": 1, "reject_history": True}
 _GBCE = {"loss": "gbce", "num_negatives": 256, "calibration": 0.75}
@@ -86,6 +90,17 @@ PRESETS: dict[str, Preset] = {
         {"objective": "masked_item", "max_epochs": 200, "patience": 20},
     ),
     "gru4rec": Preset("GRU4Rec", "model: recurrent", {"embedding_dim": 64, "dropout": 0.2}),
+    "llama": Preset(
+        "Llama", "model: LLaMA blocks, cosine / 0.05; the loss of sasrec_ss", {**_LLAMA, "temperature": 0.05},
+        {"loss": "sampled_softmax", "share_negatives": False},
+    ),
+    "llama_ce": Preset("Llama", "model: LLaMA blocks", _LLAMA),
+    "llama_toy": Preset(
+        "Llama", "faithful: Toy-RecLM's LLaMA; the rate falls over the steps there are", _TOY_LLAMA,
+        {**_BCE, "adam_betas": (0.9, 0.95), "learning_rate": 3e-4, "weight_decay": 0.1, "gradient_clip": 1.0,
+         "batch_size": 32, "warmup_steps": 1000, "schedule": "cosine", "final_learning_rate": 1e-5,
+         "max_epochs": 50, "patience": 50},
+    ),
     # HSTU: configurations that Meta published for ML-1M; the others differ from `hstu` in what they name
     "hstu": Preset("HSTU", "faithful: HSTU, request time known", {}, _META),
     "hstu_large": Preset("HSTU", "faithful: HSTU-large, request time known", _HSTU_LARGE, _META),

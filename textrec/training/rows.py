@@ -183,9 +183,10 @@ def model_class(name: str) -> type:
     from textrec.models.bert4rec import BERT4Rec
     from textrec.models.gru4rec import GRU4Rec
     from textrec.models.hstu import HSTU
+    from textrec.models.llama import Llama
     from textrec.models.sasrec import SASRec
 
-    return {each.__name__: each for each in (SASRec, BERT4Rec, GRU4Rec, HSTU)}[name]
+    return {each.__name__: each for each in (SASRec, BERT4Rec, GRU4Rec, HSTU, Llama)}[name]
 
 
 def _code_files(model: str) -> list[Path]:
