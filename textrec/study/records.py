@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from textrec.data.audit import Audit
-from textrec.data.files import replacing
+from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.data.splitting import training_counts
 from textrec.paths import ROOT, RUNS
@@ -34,14 +34,8 @@ ROW_KEYS = ("row", "changed", "parameters", "metrics", "slices", "cost")
 SOURCES = ("textrec", "notebooks", "papermill_runs/parameters", "pyproject.toml", "constraints.txt")
 PACKAGES = ("numpy", "torch", "lightning", "transformers", "pandas", "duckdb", "pyarrow", "papermill")
 RARE, POPULAR = 5, 50  # training occurrences: a rare item has at most 5, a popular one more than 50
-MAIN_KS, SLICE_KS = (1, 5, 10, 20, 50, 100), (10,)
+MAIN_KS, SLICE_KS = (1, 5, 10, 20, 50, 100, 200), (10,)
 SAMPLED = 100  # uniform negatives of the sampled ranking that older papers report
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def source_state() -> tuple[str, bool]:
@@ -121,10 +115,6 @@ class Record:
     @property
     def folder(self) -> Path:
         return RUNS / self.scale / self.label / f"seed{self.seed}"
-
-    def row(self, name: str) -> dict:
-        """Return one row by its name."""
-        return {row["row"]: row for row in self.rows}[name]
 
     def write(self, path: Path) -> None:
         """Check the record and write it atomically."""
