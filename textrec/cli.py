@@ -1,11 +1,12 @@
 """The `textrec` command: a thin shell around the functions that notebooks call. Libraries are imported where used."""
 
 import errno
+import importlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,14 +27,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 
-class Scale(StrEnum):
-    """How large a run is."""
-
-    smoke = "smoke"
-    laptop = "laptop"
-    paper = "paper"
-
-
+Scale = Literal["smoke", "laptop", "paper"]
 ScaleOption = Annotated[Scale, typer.Option(help="Which parameter files: seconds, an hour, or the paper's hardware.")]
 SeedsOption = Annotated[list[int] | None, typer.Option(help="One run each, e.g. --seeds 0 1 2.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Say what became of a run, not what it is doing.")]
@@ -85,7 +79,7 @@ def doctor() -> None:
 @app.command()
 def run(
     number: Annotated[str, typer.Argument(metavar="NN", help="The two digits a notebook's name starts with.")],
-    scale: ScaleOption = Scale.smoke,
+    scale: ScaleOption = "smoke",
     variant: Annotated[str | None, typer.Option(help="Which parameter variant, mostly a data set.")] = None,
     seeds: SeedsOption = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A parameter of the notebook as name=value.")] = None,
@@ -102,7 +96,7 @@ def run(
     """
     from textrec.study.runner import run_notebook
 
-    options = {"scale": scale.value, "variant": variant, "overrides": pairs(set_ or [], "--set"), "force": force}
+    options = {"scale": scale, "variant": variant, "overrides": pairs(set_ or [], "--set"), "force": force}
     outcomes = []
     with progress(quiet) as step:
         for seed in seeds or [0]:
@@ -113,7 +107,7 @@ def run(
 
 @app.command()
 def study(
-    scale: ScaleOption = Scale.smoke,
+    scale: ScaleOption = "smoke",
     notebooks: Annotated[list[str] | None, typer.Option(help="Only these, e.g. --notebooks 00 01.")] = None,
     seeds: SeedsOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at once; the cores are shared among them.")] = 1,
@@ -131,11 +125,11 @@ def study(
     from textrec.study.runner import estimate_seconds, plan, run_study
 
     chosen = {"numbers": notebooks, "seeds": seeds or [0]}
-    estimates = [estimate_seconds(one) for one in plan(scale.value, **chosen)]
+    estimates = [estimate_seconds(one) for one in plan(scale, **chosen)]
     known = sum(seconds for seconds in estimates if seconds)
     typer.echo(f"{len(estimates)} runs at scale {scale}, about {known / 60 / jobs:.0f} min if nothing is done yet")
     with progress(quiet) as step:
-        outcomes = run_study(scale.value, **chosen, jobs=jobs, force=force, tell=tell, progress=step)
+        outcomes = run_study(scale, **chosen, jobs=jobs, force=force, tell=tell, progress=step)
     typer.echo(f"report: {FIGURES / 'report.html'}")
     raise typer.Exit(any(outcome.status in ("failed", "out_of_memory") for outcome in outcomes))
 
@@ -147,7 +141,7 @@ def tell(outcome) -> None:
 
 
 @app.command()
-def report(scale: ScaleOption = Scale.laptop) -> None:
+def report(scale: ScaleOption = "laptop") -> None:
     """Write the report from the records. Above smoke also the README's verdicts, CSV and LaTeX.
 
     \b
@@ -156,13 +150,13 @@ def report(scale: ScaleOption = Scale.laptop) -> None:
     """
     from textrec.study.report import write_report
 
-    for path in write_report(scale.value):
+    for path in write_report(scale):
         typer.echo(f"wrote {path}")
 
 
 @app.command()
 def claims(
-    scale: ScaleOption = Scale.laptop,
+    scale: ScaleOption = "laptop",
     dataset: Annotated[str | None, typer.Option(help="Only claims on this set.")] = None,
 ) -> None:
     """List published numbers beside ours. With the verdict on each, at one scale.
@@ -173,15 +167,13 @@ def claims(
       textrec claims --dataset ml-1m-w1
     """
     from textrec.study.report import study_records
-    from textrec.study.tables import format_estimate, judge_study
+    from textrec.study.tables import judge_study
 
     lines = [("set", "row", "metric", "published", "ours", "verdict", "where")]
-    for judged in judge_study(study_records(scale.value), scale.value):
-        claim, verdict = judged.verdict.claim, judged.verdict
+    for judged in judge_study(study_records(scale), scale):
+        claim = judged.verdict.claim
         if dataset in (None, claim.dataset):
-            ours = format_estimate(verdict.measured, verdict.low, verdict.high)
-            numbers = (claim.metric, format_estimate(claim.value), ours, str(verdict))
-            lines.append((claim.dataset, claim.subject, *numbers, f"{claim.paper}: {claim.where}"))
+            lines.append((*judged.shown(), str(judged.verdict), f"{claim.paper}: {claim.where}"))
     if len(lines) == 1:
         raise InputError(f"no claim is about the data set {dataset!r}")
     typer.echo(aligned(lines))
@@ -205,8 +197,6 @@ def recommend(
       textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --history i3 i17 i4 -k 5
       textrec recommend --run papermill_runs/smoke/03/seed0 --row two_stage --user u7 --items new_items.jsonl
     """
-    import json
-
     record, folder = run_dir / "record.json", run_dir / "rows" / row
     if not record.is_file():
         raise InputError(f"{run_dir} is no run folder: it holds no record.json")
@@ -259,9 +249,7 @@ def convert(
         convert_checkpoint(Path(source), folder, like)
         typer.echo(f"wrote {folder}")
         return
-    from importlib import import_module
-
-    module = import_module(f"textrec.data.sources.{to.value}")
+    module = importlib.import_module(f"textrec.data.sources.{to}")
     typer.echo(f"wrote {module.export(load(source, raw), folder)}")
 
 

@@ -3,23 +3,16 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from textrec.schema import InputError
 
 data_app = typer.Typer(help="List, download, prepare and audit data sets.", no_args_is_help=True, rich_markup_mode=None)
+Format = Literal["recbole_atomic", "recformer_folder"]  # the modules that read and write them
 RawOption = Annotated[Path | None, typer.Option(help="Folder of raw data; default $TEXTREC_DATA, else data/raw.")]
-
-
-class Format(StrEnum):
-    """Another project's files; the values are the modules that read and write them."""
-
-    recbole_atomic = "recbole_atomic"
-    recformer_folder = "recformer_folder"
 
 
 @contextmanager
@@ -124,9 +117,7 @@ def data_prepare(
     name: Annotated[str, typer.Argument(help="A set of `textrec data list`, or a new name for your own files.")],
     interactions: Annotated[Path | None, typer.Option(help="Your own file: user, item and, if known, time.")] = None,
     items: Annotated[Path | None, typer.Option(help="Your own file: item and its texts, a title first.")] = None,
-    from_: Annotated[
-        Format | None, typer.Option("--from", help="Another project's files, in the folder --raw.")
-    ] = None,
+    from_: Annotated[Format | None, typer.Option("--from", help="Of another project, in the folder --raw.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="Our name=your name, e.g. user=customer_id.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="A choice of preparation as name=value.")] = None,
     raw: RawOption = None,
@@ -154,7 +145,7 @@ def data_prepare(
         raise InputError("--items and --column describe your own files: name --interactions, too")
     with progress() as step:
         if from_:
-            prepared = prepare_folder(name, raw, from_.value, columns=columns, progress=step, **choices)
+            prepared = prepare_folder(name, raw, from_, columns=columns, progress=step, **choices)
         elif interactions:
             prepared = prepare_frames(name, interactions, items, columns=columns, progress=step, **choices)
         else:
