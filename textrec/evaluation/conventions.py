@@ -21,16 +21,6 @@ def rectools_ndcg(ndcg: float, k: int) -> float:
     return ndcg / ideal_gain(k)
 
 
-def from_rectools_ndcg(ndcg: float, k: int) -> float:
-    """Return RecTools' default `NDCG` (`divide_by_achievable=False`) of a set with one target per user as ndcg@k."""
-    return ndcg * ideal_gain(k)
-
-
-def recbole_counts(ranks: Ranks) -> Counts:
-    """Return the counts behind RecBole's sequential evaluation, which never removes seen items."""
-    return ranks.kept
-
-
 def mrr_at(counts: Counts, k: int) -> np.ndarray:
     """Return per user 1 / rank where rank <= k, else 0, expected over ties (MRR@k of RecBole, RecTools, RePlay)."""
     return mean_over_ranks(1 / np.arange(1, k + 1), counts.higher_U, counts.higher_U + counts.ties_U + 1)
@@ -44,10 +34,9 @@ def expected_sampled_metrics(
     With h of C - 1 other candidates above the target, the number above it among n distinct negatives is hypergeometric
     (Krichene and Rendle 2020). Tied candidates are thought to be ordered at random.
     """
-    if num_negatives > counts.candidates_U.min() - 1:
-        raise ValueError(
-            f"num_negatives={num_negatives}, but a user has {counts.candidates_U.min() - 1} other candidates"
-        )
+    fewest = counts.candidates_U.min() - 1
+    if num_negatives > fewest:
+        raise ValueError(f"num_negatives={num_negatives}, but a user has {fewest} other candidates")
     ranks_U = counts.ties_U + 1
     starts_U = np.cumsum(ranks_U) - ranks_U
     higher_R = np.arange(ranks_U.sum()) - np.repeat(starts_U - counts.higher_U, ranks_U)
@@ -63,11 +52,9 @@ def expected_sampled_metrics(
 
 def rosetta(ranks: Ranks, k: int = 10) -> dict[str, dict[str, float]]:
     """Return the same ranks as each convention would print them: convention -> metric -> mean over users."""
-    conventions = {
-        "full ranking, seen items filtered": mean_metrics(ranks.filtered, (k,)),
-        "full ranking, seen items kept (RecBole)": mean_metrics(recbole_counts(ranks), (k,)),
-    }
-    filtered = conventions["full ranking, seen items filtered"]
+    filtered = mean_metrics(ranks.filtered, (k,))
+    conventions = {"full ranking, seen items filtered": filtered}
+    conventions["full ranking, seen items kept (RecBole)"] = mean_metrics(ranks.kept, (k,))
     conventions["RecTools' default NDCG"] = {f"ndcg@{k}": rectools_ndcg(filtered[f"ndcg@{k}"], k)}
     conventions[f"MRR cut at {k}"] = {"mrr": float(mrr_at(ranks.filtered, k).mean())}
     for num_negatives, source in ((100, "SASRec paper"), (19, "language model prompts")):
@@ -80,13 +67,9 @@ def rosetta(ranks: Ranks, k: int = 10) -> dict[str, dict[str, float]]:
 
 def _hypergeometric(x: int, higher_P: np.ndarray, others_P: np.ndarray, drawn: int) -> np.ndarray:
     """Return the probability that exactly x of `drawn` others are above the target."""
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, others_P.max() + 1)))])
+    from scipy.special import gammaln  # infinite at the impossible, whose probability comes out as 0
 
-    def log_choose(n: np.ndarray, k: int) -> np.ndarray:
-        return log_factorials[n] - log_factorials[k] - log_factorials[np.maximum(n - k, 0)]
+    def log_choose(n, k) -> np.ndarray:
+        return gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
 
-    lower_P = others_P - higher_P
-    possible_P = (x <= higher_P) & (drawn - x <= lower_P) & (x <= drawn)
-    rest = max(drawn - x, 0)
-    logarithm_P = log_choose(higher_P, x) + log_choose(lower_P, rest) - log_choose(others_P, drawn)
-    return np.where(possible_P, np.exp(np.where(possible_P, logarithm_P, 0.0)), 0.0)
+    return np.exp(log_choose(higher_P, x) + log_choose(others_P - higher_P, drawn - x) - log_choose(others_P, drawn))

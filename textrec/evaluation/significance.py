@@ -6,8 +6,6 @@ crossed with seeds, so both are resampled and a user keeps its values of all see
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -65,28 +63,20 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """Our interval held against the band published x (1 - tolerance) .. published x (1 + tolerance)."""
-
-    low: float
-    high: float
-    verdict: Literal["equivalent", "different", "undecided"]
-
-
 def equivalence(
     values_SU: np.ndarray, published: float, *, tolerance: float = 0.05, alpha: float = 0.05, seed: int = 0
-) -> Equivalence:
+) -> str:
     """Test our mean for equivalence to a published value (two one-sided tests by the 1 - 2 alpha interval).
 
-    `equivalent`: the interval lies inside the band; `different`: wholly outside; else the data cannot tell.
+    `equivalent`: the interval lies inside published x (1 - tolerance) .. published x (1 + tolerance); `different`:
+    wholly outside; `undecided`: the data cannot tell.
     """
     low, high = bootstrap_interval(values_SU, level=1 - 2 * alpha, seed=seed)
     margin = tolerance * abs(published)
     if published - margin <= low and high <= published + margin:
-        return Equivalence(low, high, "equivalent")
+        return "equivalent"
     outside = high < published - margin or low > published + margin
-    return Equivalence(low, high, "different" if outside else "undecided")
+    return "different" if outside else "undecided"
 
 
 def _resampled_means(values_SU: np.ndarray, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
