@@ -119,7 +119,7 @@ def test_a_row_that_failed_gives_the_record_its_status_and_reason(tmp_path):
     full = measured_row(make_result(prepared, row="b", status="out_of_memory", reason="2 GiB wanted"), prepared)
     record = write_record(run, prepared, [good, late, full])
     assert record.status == "out_of_memory" and record.reason == "a: needs a GPU; b: 2 GiB wanted"
-    stored = Record.read(run.folder / "record.json").row("b")
+    stored = Record.read(run.folder / "record.json").rows[2]
     assert (stored["status"], stored["metrics"]) == ("out_of_memory", {})
     record = write_record(run, prepared, [good, late])
     assert (record.status, record.reason) == ("ok", None), "a row left out on purpose does not fail the run"

@@ -92,7 +92,7 @@ def test_a_run_is_recorded_once_and_again_only_when_something_changed(study):
     outcome = runner.run_notebook("01")
     assert (outcome.label, outcome.seed, outcome.status, outcome.reason) == ("01", 0, "ok", None)
     record = records.Record.read(study.run_dir / "record.json")
-    assert record.row("toy")["metrics"]["mrr"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert record.rows[0]["metrics"]["mrr"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert record.environment["inputs"]["data"] == {"toy": "f1"} and record.environment["wall_s"] > 0
     executed = json.loads((study.run_dir / "executed.ipynb").read_text())
     assert executed["cells"][-1]["execution_count"] == 3, "parameters, injected parameters, body"

@@ -27,6 +27,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete and on the disk."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def remove_partials(folder: Path, name: str = "**/*") -> None:
     """Remove what killed processes left in `folder` of partial files and folders called `name` (a pattern).
 
@@ -43,8 +49,8 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it lives, as another user's
+        pass
     return True
 
 

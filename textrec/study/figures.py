@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from textrec.data.files import replacing
+from textrec.data.files import replacing, write_text
 from textrec.paths import FIGURES
 from textrec.study.claims import load_claims, mismatch
-from textrec.study.records import Record, Run, write_text
+from textrec.study.records import Record, Run
 from textrec.study.tables import merged_rows
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#000000")
-GREY, FAINT = "#6B6B6B", "#D0D0D0"
+GREY = "#6B6B6B"
 CONTROLS = ("popularity", "last_item", "markov", "random", "random_vectors", "chance", "optimum")
 WIDTH = 7.2  # inches: a report column
 STYLE = {
@@ -98,10 +98,10 @@ def _footer(figure, provenance: Mapping) -> None:
     figure.text(0.0, -0.02, " · ".join(parts), fontsize=7, color=GREY, va="top", gid="provenance")
 
 
-def _subplots(height: float, columns: int = 1):
+def _subplots(height: float):
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(WIDTH, height), squeeze=False)
+    return plt.subplots(figsize=(WIDTH, height))
 
 
 def colours(rows: Iterable[str]) -> dict[str, str]:
@@ -150,7 +150,7 @@ def plot_ladder(data: Mapping):
     """
     with house_style():
         rows, lines = data["rows"], data.get("lines", ())
-        figure, ((axes,),) = _subplots(0.9 + 0.34 * len(rows))
+        figure, axes = _subplots(0.9 + 0.34 * len(rows))
         colour = colours(row["row"] for row in rows if row.get("value") is not None)  # the same as the curves'
         place = {row["row"]: -index for index, row in enumerate(rows)}
         for row in rows:
@@ -201,7 +201,7 @@ def curve_data(results: Iterable) -> list[dict]:
 def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch"):
     """Draw the ndcg@10 of every row, its best point marked and its name at its end; `x` may be "minutes"."""
     with house_style():
-        figure, ((axes,),) = _subplots(3.6)
+        figure, axes = _subplots(3.6)
         names = list(dict.fromkeys(line["row"] for line in data))
         ends = []
         for name, colour in colours(names).items():
@@ -219,7 +219,7 @@ def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch"):
 
 
 def _label_ends(axes, ends: Sequence[tuple]) -> None:
-    """Name each line at its end, names moved apart so that none covers another."""
+    """Name each point at the right edge, a line to it, names moved apart so that none covers another."""
     bottom, top = axes.get_ylim()
     gap, level = 0.055 * (top - bottom), -np.inf
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
@@ -241,7 +241,7 @@ def length_data(lengths: Mapping[str, np.ndarray]) -> dict[str, list]:
 def plot_history_lengths(data: Mapping[str, Sequence[float]], *, cutoffs: Sequence[int] = (50, 200)):
     """Draw the share of users with at most so many interactions, and where the models cut histories."""
     with house_style():
-        figure, ((axes,),) = _subplots(3.4)
+        figure, axes = _subplots(3.4)
         for (name, percentiles), colour in zip(data.items(), PALETTE * 3, strict=False):
             axes.step(percentiles, range(101), where="post", color=colour, linewidth=1.6, label=name)
         for cutoff in cutoffs:
@@ -262,7 +262,7 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, percent: bool = False):
     With `percent` values are shares and are drawn as percentages. Bars of one `group` share a colour and a name.
     """
     with house_style():
-        figure, ((axes,),) = _subplots(0.9 + 0.32 * len(data))
+        figure, axes = _subplots(0.9 + 0.32 * len(data))
         factor = 100 if percent else 1
         colour = dict(zip(dict.fromkeys(bar.get("group") for bar in data), PALETTE * 3, strict=False))
         for place, bar in enumerate(data):
@@ -315,7 +315,7 @@ def plot_scatter(data: Sequence[Mapping], *, xlabel: str, ylabel: str, diagonal:
     `diagonal` draws x = y. The title says how far the two axes agree on the order of the rows (Kendall's tau).
     """
     with house_style():
-        figure, ((axes,),) = _subplots(4.2)
+        figure, axes = _subplots(4.2)
         colour = colours(point["row"] for point in data)
         if diagonal and data:
             top = max(max(point["x"], point["y"]) for point in data) * 1.05
@@ -334,29 +334,5 @@ def plot_scatter(data: Sequence[Mapping], *, xlabel: str, ylabel: str, diagonal:
 
             tau = kendalltau([point["x"] for point in data], [point["y"] for point in data]).statistic
             axes.set_title(f"{len(data)} rows, Kendall's tau {tau:.2f}")
-        _label_points(figure, axes, data, colour)
+        _label_ends(axes, [(point["x"], point["y"], point["row"], colour[point["row"]]) for point in data])
     return figure
-
-
-def _label_points(figure, axes, data: Sequence[Mapping], colour: Mapping[str, str]) -> None:
-    """Name each point on the side where its name covers the least of points and names."""
-    figure.draw_without_rendering()
-    centres = axes.transData.transform([(point["x"], point["y"]) for point in data])
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
-    sides = [(9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -11, "center"), (7, 10, "left"), (7, -10, "left"),
-             (-7, 10, "right"), (-7, -10, "right")]  # fmt: skip
-    for point in data:
-        choices = []
-        for dx, dy, side in sides:
-            label = axes.annotate(point["row"], (point["x"], point["y"]), xytext=(dx, dy), textcoords="offset points",
-                                  ha=side, va="center", fontsize=8.5, color=_ink(colour[point["row"]]))  # fmt: skip
-            box = label.get_window_extent().extents
-            choices.append((sum(_overlap(box, other) for other in taken), len(choices), label, tuple(box)))
-        choices.sort(key=lambda choice: choice[:2])
-        for _, _, label, _ in choices[1:]:
-            label.remove()
-        taken.append(choices[0][3])
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -7,22 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from textrec.data.files import write_text
 from textrec.paths import FIGURES, ROOT
 from textrec.schema import InputError
-from textrec.study import claims
-from textrec.study.records import Record, Run, load_records, write_text
+from textrec.study import claims, tables
+from textrec.study.records import Record, Run, load_records
 from textrec.study.runner import REPORT
-from textrec.study.tables import (
-    Judged,
-    command,
-    export_table,
-    format_estimate,
-    group_records,
-    judge_study,
-    merged_rows,
-    results_table,
-    verdict_table,
-)
+from textrec.study.tables import Judged
 
 TRACKED = ("paper", "laptop")  # what the README shows; where both judge a claim, the first counts
 START, END = "<!-- verdicts:start -->", "<!-- verdicts:end -->"
@@ -42,16 +33,18 @@ def study_records(scale: str) -> list[Record]:
 def write_report(scale: str, *, folder: Path = FIGURES, readme: Path = ROOT / "README.md") -> list[Path]:
     """Write `report.html` and, above the smoke scale, `<scale>/11_*` as CSV and LaTeX and the README's block."""
     records = study_records(scale)
-    judged = judge_study(records, scale)
+    judged = tables.judge_study(records, scale)
     page = folder / "report.html"
     write_text(page, render(records, judged, scale, folder / scale))
     if scale == "smoke":
         return [page]
-    verdicts = verdict_table([entry for entry in judged if entry.verdict.word != claims.NOT_ATTEMPTED])
-    tables = {"results": results_table(records, METRICS), "verdicts": verdicts}
-    written = [export_table(frame, folder / scale / f"{REPORT}_{name}", scale=scale) for name, frame in tables.items()]
+    attempted = [entry for entry in judged if entry.verdict.word != claims.NOT_ATTEMPTED]
+    frames = {"results": tables.results_table(records, METRICS), "verdicts": tables.verdict_table(attempted)}
+    written = [page]
+    for name, frame in frames.items():
+        written += tables.export_table(frame, folder / scale / f"{REPORT}_{name}", scale=scale)
     update_readme(readme)
-    return [page, *(path for paths in written for path in paths), readme]
+    return [*written, readme]
 
 
 def write_study_record(run: Run, records: Sequence[Record], judged: Sequence[Judged]) -> Record:
@@ -72,7 +65,7 @@ def render(records: Sequence[Record], judged: Sequence[Judged], scale: str, figu
     """Return the page; text is escaped, figures are inlined, nothing is fetched."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    groups = group_records(records)
+    groups = tables.group_records(records)
     gates = [entry for entry in judged if entry.verdict.claim.source == "P"]
     published = [entry for entry in judged if entry.verdict.claim.source != "P"]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
@@ -99,7 +92,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence]) -> dict:
 def _cell(value: object) -> dict:
     """Return one cell: its text, the number it is sorted by (none for text), its mark, and whether it is a command."""
     if isinstance(value, dict):  # an estimate
-        text = value.get("text") or format_estimate(*map(value.get, ("value", "low", "high")))
+        text = value.get("text") or tables.format_estimate(*map(value.get, ("value", "low", "high")))
         return _cell(value.get("value")) | {"text": text}
     if value is None or isinstance(value, str):
         text = value or ""
@@ -121,7 +114,7 @@ def _verdicts(judged: Iterable[Judged]) -> dict:
 
 
 def _run(label: str, group: Sequence[Record], figures: Path) -> dict:
-    rows, first = merged_rows(group), group[0]
+    rows, first = tables.merged_rows(group), group[0]
     names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
     names = names or list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     slices = list(dict.fromkeys(name for row in rows for name in row["slices"] if "ndcg@10" in row["slices"][name]))
@@ -142,12 +135,9 @@ def _run(label: str, group: Sequence[Record], figures: Path) -> dict:
 
 
 def _cost(groups: Mapping[str, Sequence[Record]]) -> dict:
-    rows = [
-        (label, row["row"], len(row["seeds"]), *map(row["cost"].get, COSTS), row["metrics"].get("ndcg@10"))
-        for label, group in groups.items()
-        for row in merged_rows(group)
-        if row["cost"]
-    ]
+    found = ((label, row) for label, group in groups.items() for row in tables.merged_rows(group) if row["cost"])
+    rows = [(label, row["row"], len(row["seeds"]), *map(row["cost"].get, COSTS), row["metrics"].get("ndcg@10"))
+            for label, row in found]  # fmt: skip
     return _table(("run", "row", "seeds", *COSTS.values(), "ndcg@10"), rows)
 
 
@@ -166,7 +156,7 @@ def _commands(groups: Mapping[str, Sequence[Record]]) -> dict:
     for label, group in groups.items():
         commits = dict.fromkeys(record.commit[:10] + " + changes" * record.dirty for record in group)
         machines = dict.fromkeys(f"{e.get('device')}, {e.get('cores')} cores" for e in (r.environment for r in group))
-        rows.append((label, command(group), ", ".join(commits), "; ".join(machines)))
+        rows.append((label, tables.command(group), ", ".join(commits), "; ".join(machines)))
     return _table(("run", "command", "commit", "machine"), rows)
 
 
@@ -189,7 +179,7 @@ def readme_block(records: Mapping[str, Sequence[Record]] | None = None) -> str:
         return NO_RECORDS
     best: dict[str, tuple[Judged, str]] = {}
     for scale in TRACKED:
-        for entry in judge_study(records.get(scale, ()), scale):
+        for entry in tables.judge_study(records.get(scale, ()), scale):
             known = best.get(entry.verdict.claim.id)
             if known is None or known[0].verdict.word == claims.NOT_ATTEMPTED:
                 best[entry.verdict.claim.id] = (entry, scale)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.evaluation.ranking import Ranks
 from textrec.schema import InputError
 from textrec.study.claims import NOT_ATTEMPTED, PLUMBING, Claim, Verdict, judge_rows, load_claims
-from textrec.study.records import Record, Run, protocol, write_text
+from textrec.study.records import Record, Run, protocol
 
 SUMMED_COSTS = ("wall_s", "cpu_s", "tokens", "energy_wh")  # over seeds; of memory the largest counts
 FEWEST_SEEDS = 3  # for a spread

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from textrec.data.files import replacing
+from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.data.sources import Tables
 from textrec.schema import Column, InputError
@@ -74,8 +74,7 @@ def write(folder: Path, parts: Mapping[str, dict], users, items) -> None:
     files["smap"] = {item: number for number, item in enumerate(items[Column.item])}
     files["meta_data"] = dict(zip(items[Column.item], _attributes(items), strict=True))
     for name, content in files.items():
-        with replacing(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        write_text(folder / f"{name}.json", json.dumps(content, ensure_ascii=False))
 
 
 def _attributes(items) -> Iterator[dict[str, str]]:
