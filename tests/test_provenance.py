@@ -7,7 +7,7 @@ import pytest
 from textrec import provenance
 from textrec.provenance import code_hash, commit_state
 
-PLAIN = 'def double(x):\n    return 2 * x\n'
+PLAIN = "def double(x):\n    return 2 * x\n"
 COMMENTED = '"""A module."""\n\n\ndef double(x):\n    """Return twice x."""\n    # because\n    return 2 * x  # twice\n'
 
 

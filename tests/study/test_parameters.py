@@ -25,7 +25,7 @@ def write_notebook(path, *sources, tags=(("parameters",),)):
         {"cell_type": "code", "id": f"c{k}", "metadata": {"tags": list(tag)}, "source": source, "outputs": [],
          "execution_count": None}
         for k, (source, tag) in enumerate(zip(sources, tags, strict=True))
-    ]
+    ]  # fmt: skip
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return path
 

@@ -5,11 +5,9 @@ misspelt name, text where a number belongs and a default derived from another ar
 """
 
 import ast
-import io
 import json
 import math
 import re
-import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +61,12 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
         statements = ast.parse(tagged[0]).body
     except SyntaxError as error:
         raise InputError(f"{notebook.name}: line {error.lineno} of the parameter cell is no Python") from None
-    tokens = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    lines = tagged[0].encode().splitlines()  # ast counts columns in bytes
     parameters: dict[str, Parameter] = {}
     taken_lines: set[int] = set()
     for statement in statements:
-        parameter = _parameter(statement, f"{notebook.name}: line {statement.lineno} of the parameter cell", comments)
+        behind = lines[statement.lineno - 1][statement.end_col_offset :].decode()
+        parameter = _parameter(statement, f"{notebook.name}: line {statement.lineno} of the parameter cell", behind)
         if parameter.name in parameters or statement.lineno in taken_lines:
             raise InputError(f"{notebook.name}: {parameter.name} shares its name or its line with another parameter")
         parameters[parameter.name] = parameter
@@ -76,7 +74,7 @@ def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
     return parameters
 
 
-def _parameter(statement: ast.stmt, where: str, comments: dict[int, str]) -> Parameter:
+def _parameter(statement: ast.stmt, where: str, comment: str) -> Parameter:
     match statement:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value):
             pass
@@ -92,7 +90,7 @@ def _parameter(statement: ast.stmt, where: str, comments: dict[int, str]) -> Par
     if "=" in ast.unparse(value):
         raise InputError(f"{where}: the default of {name} holds `=`, which papermill cannot read")
     default = _checked(annotation, default, f"{where}: {name}")
-    return Parameter(name, ast.unparse(annotation), default, comments.get(statement.lineno, ""))
+    return Parameter(name, ast.unparse(annotation), default, comment.strip().lstrip("# "))
 
 
 def _checked(annotation: ast.expr, value: object, what: str) -> object:
