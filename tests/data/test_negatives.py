@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from textrec.data.histories import Histories
-from textrec.data.negatives import legacy_uniform_negatives, popular_negatives, uniform_negatives
+from textrec.data.negatives import draw_negatives, legacy_uniform_negatives
 from textrec.data.sources.synthetic import SyntheticConfig, generate
 from textrec.schema import InputError
 
@@ -29,9 +29,8 @@ def one_user(times: int) -> tuple[Histories, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("method", ["uniform", "popular"])
 def test_strict_negatives_are_distinct_unseen_and_not_the_target(method):
-    options = {"num_items": 60} if method == "uniform" else {"popularity_I": POPULARITY}
-    sampler = uniform_negatives if method == "uniform" else popular_negatives
-    drawn = sampler(HISTORIES, USERS, LAST, num_negatives=30, **options)
+    weights = np.ones(60) if method == "uniform" else POPULARITY
+    drawn = draw_negatives(HISTORIES, USERS, LAST, weights_I=weights, num_negatives=30)
     assert drawn.shape == (300, 30)
     assert drawn.dtype == np.int64
     for user, row in enumerate(drawn.tolist()):
@@ -42,7 +41,7 @@ def test_strict_negatives_are_distinct_unseen_and_not_the_target(method):
 
 def test_every_allowed_item_is_equally_likely():
     histories, users, targets_at = one_user(8_000)
-    drawn = uniform_negatives(histories, users, targets_at, num_items=7, num_negatives=1)
+    drawn = draw_negatives(histories, users, targets_at, weights_I=np.ones(7), num_negatives=1)
     counts = np.bincount(drawn[:, 0], minlength=8)
     assert counts[:4].sum() == 0
     assert counts[4:] == pytest.approx(2_000, abs=4 * np.sqrt(8_000 * 0.25 * 0.75))
@@ -50,12 +49,12 @@ def test_every_allowed_item_is_equally_likely():
 
 def test_popular_items_come_in_proportion():
     histories, users, targets_at = one_user(8_000)
-    first = popular_negatives(histories, users, targets_at, popularity_I=np.array([9, 9, 9, 1, 3]), num_negatives=1)
+    first = draw_negatives(histories, users, targets_at, weights_I=np.array([9, 9, 9, 1, 3]), num_negatives=1)
     assert (first == 5).mean() == pytest.approx(0.75, abs=4 * np.sqrt(0.75 * 0.25 / 8_000))
 
 
 def test_legacy_popular_filters_seen_items_after_the_draw():
-    drawn = popular_negatives(HISTORIES, USERS, LAST, popularity_I=POPULARITY + 1, num_negatives=59, legacy=True)
+    drawn = draw_negatives(HISTORIES, USERS, LAST, weights_I=POPULARITY + 1, num_negatives=59, legacy=True)
     for user, row in enumerate(drawn.tolist()):  # 59 of 60 items are all but the target; the seen ones become 0
         assert {item for item in row if item} == set(range(1, 61)) - SEEN[user] - {int(TARGETS[user])}
         assert row.count(0) == len(SEEN[user])
@@ -79,7 +78,7 @@ def test_legacy_uniform_rejects_the_training_part_only():
 
 def test_same_seed_same_negatives():
     first, again, other = (
-        uniform_negatives(HISTORIES, USERS, LAST, num_items=60, num_negatives=5, seed=seed) for seed in (1, 1, 2)
+        draw_negatives(HISTORIES, USERS, LAST, weights_I=np.ones(60), num_negatives=5, seed=seed) for seed in (1, 1, 2)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -88,6 +87,6 @@ def test_same_seed_same_negatives():
 def test_too_few_items_are_an_error_that_names_the_user():
     histories, users, targets_at = one_user(2)
     with pytest.raises(InputError, match="num_negatives is 3 but user 0 has only 2 items"):
-        uniform_negatives(histories, users, targets_at, num_items=5, num_negatives=3)
+        draw_negatives(histories, users, targets_at, weights_I=np.ones(5), num_negatives=3)
     with pytest.raises(InputError, match="user 0 has only 0 items"):
         legacy_uniform_negatives(histories, users, targets_at, num_items=2)

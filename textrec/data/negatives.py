@@ -17,38 +17,36 @@ from textrec.seeding import generator
 BLOCK_CELLS = 2**23  # users of a block x catalogue; draws depend on it, so it is no setting
 
 
-def uniform_negatives(
+def draw_negatives(
     histories: Histories,
     users_U: np.ndarray,
     targets_at_U: np.ndarray,
     *,
-    num_items: int,
-    num_negatives: int = 100,
-    seed: int = 0,
-) -> np.ndarray:
-    """Draw distinct unseen items [U, N], int64, all equally likely; `targets_at_U` are positions in the users' rows."""
-    return _without_replacement(histories, users_U, targets_at_U, np.ones(num_items), num_negatives, seed, "uniform")
-
-
-def popular_negatives(
-    histories: Histories,
-    users_U: np.ndarray,
-    targets_at_U: np.ndarray,
-    *,
-    popularity_I: np.ndarray,
+    weights_I: np.ndarray,
     num_negatives: int = 100,
     seed: int = 0,
     legacy: bool = False,
 ) -> np.ndarray:
-    """Draw distinct items [U, N], int64, one after the other in proportion to `popularity_I` (entry j is item j + 1).
+    """Draw distinct unseen items [U, N], int64, in proportion to `weights_I`: ones are `uniform`, counts `popular`.
 
-    `legacy` is S100p: seen items are drawn as well and then filtered, which leaves active users with fewer negatives.
+    Entry j of the weights is item j + 1; `targets_at_U` are positions in the users' rows. `legacy` is S100p: seen items
+    are drawn as well and then filtered, which leaves active users with fewer negatives.
     """
-    drawn_UN = _without_replacement(
-        histories, users_U, targets_at_U, popularity_I, num_negatives, seed, "popular", keep_seen=legacy
-    )
-    if legacy:
-        for rows, seen_BI in _seen_blocks(histories, users_U, targets_at_U, len(popularity_I)):
+    drawn_UN = np.zeros((len(users_U), num_negatives), dtype=np.int64)
+    rates_I = np.concatenate([[0], np.asarray(weights_I, dtype=np.float64)])
+    random = generator(seed, "negatives", "distinct")
+    for rows, seen_BI in _seen_blocks(histories, users_U, targets_at_U, len(weights_I)):
+        excluded_BI = np.zeros_like(seen_BI) if legacy else seen_BI
+        targets_B = histories.at(users_U[rows], targets_at_U[rows])
+        excluded_BI[np.arange(len(targets_B)), targets_B] = True
+        excluded_BI |= rates_I == 0
+        _check_pool((~excluded_BI).sum(axis=1), num_negatives, users_U[rows])
+        # the smallest of exponential clocks, one per item, that tick in proportion to the weights
+        clocks_BI = random.standard_exponential(excluded_BI.shape)
+        np.divide(clocks_BI, rates_I, out=clocks_BI, where=~excluded_BI)
+        clocks_BI[excluded_BI] = np.inf
+        drawn_UN[rows] = clocks_BI.argpartition(num_negatives - 1, axis=1)[:, :num_negatives]
+        if legacy:
             drawn_UN[rows][np.take_along_axis(seen_BI, drawn_UN[rows], axis=1)] = 0
     return drawn_UN
 
@@ -78,26 +76,6 @@ def legacy_uniform_negatives(
     return drawn_UN
 
 
-def _without_replacement(
-    histories, users_U, targets_at_U, weights_I, num_negatives: int, seed: int, method: str, keep_seen: bool = False
-) -> np.ndarray:
-    """Take the `num_negatives` smallest of exponential clocks, one per item, that tick in proportion to the weights."""
-    drawn_UN = np.zeros((len(users_U), num_negatives), dtype=np.int64)
-    rates_I = np.concatenate([[0], np.asarray(weights_I, dtype=np.float64)])
-    random = generator(seed, "negatives", method)
-    for rows, seen_BI in _seen_blocks(histories, users_U, targets_at_U, len(weights_I)):
-        excluded_BI = np.zeros_like(seen_BI) if keep_seen else seen_BI
-        targets_B = histories.at(users_U[rows], targets_at_U[rows])
-        excluded_BI[np.arange(len(targets_B)), targets_B] = True
-        excluded_BI |= rates_I == 0
-        _check_pool((~excluded_BI).sum(axis=1), num_negatives, users_U[rows])
-        clocks_BI = random.standard_exponential(excluded_BI.shape)
-        np.divide(clocks_BI, rates_I, out=clocks_BI, where=~excluded_BI)
-        clocks_BI[excluded_BI] = np.inf
-        drawn_UN[rows] = clocks_BI.argpartition(num_negatives - 1, axis=1)[:, :num_negatives]
-    return drawn_UN
-
-
 def _seen_blocks(histories, users_U, ends_U, num_items: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield blocks of users with a mask [B, I] of the items before `ends_U`."""
     step = max(1, BLOCK_CELLS // (num_items + 1))
@@ -111,8 +89,6 @@ def _seen_blocks(histories, users_U, ends_U, num_items: int) -> Iterator[tuple[s
 
 def _check_pool(pool_B: np.ndarray, wanted: int, users_B: np.ndarray) -> None:
     short = np.flatnonzero(pool_B < wanted)
-    if len(short):
-        first = short[0]
-        raise InputError(
-            f"num_negatives is {wanted} but user {users_B[first]} has only {pool_B[first]} items to draw them from"
-        )
+    for row in short[:1]:
+        few = f"user {users_B[row]} has only {pool_B[row]} items to draw them from"
+        raise InputError(f"num_negatives is {wanted} but {few}")
