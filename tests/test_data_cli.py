@@ -46,7 +46,7 @@ def test_a_folder_of_recbole_is_prepared_by_name(recbole, monkeypatch, capsys):
         (("--from", "recbole_atomic", "--raw", "{}/.."), "must hold one file <name>.inter of RecBole; found none"),
         (("--from", "recformer_folder", "--raw", "{}"), "is no folder of RecFormer: it holds no train.json, val.json"),
         (("--from", "recformer_folder", "--raw", "{}", "--column", "user=u"), "the names in its files are fixed"),
-        (("--from", "recbole_atomic", "--raw", "{}", "--column", "user=uid"), "has no field 'uid' for the user"),
+        (("--from", "recbole_atomic", "--raw", "{}", "--column", "user=uid"), "has no column 'uid' for the user"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_one_sentence(recbole, monkeypatch, capsys, words, sentence):

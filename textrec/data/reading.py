@@ -17,12 +17,10 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
     The number of a row is DuckDB's own, which keeps the order of the file: a window function would take one core only.
     Ratings are read where a choice needs them.
     """
-    names = [row[0] for row in connection.execute(f"DESCRIBE {tables.interactions}").fetchall()]
-    used = {"user", "item", "time", *(["rating"] if choices.min_rating is not None else [])}.intersection(names)
-    texts = {
-        name: f"trim(CAST({name} AS VARCHAR))" if name in used else "NULL"
-        for name in ("user", "item", "time", "rating")
-    }
+    used = {"user", "item", "time", *(["rating"] if choices.min_rating is not None else [])}
+    used &= set(connection.sql(tables.interactions).columns)
+    columns = ("user", "item", "time", "rating")
+    texts = {name: f"trim(CAST({name} AS VARCHAR))" if name in used else "NULL" for name in columns}
     number = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
     time, rating = (number.format(texts[name]) for name in ("time", "rating"))
     connection.execute(f"""CREATE TABLE typed AS
@@ -39,18 +37,14 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
         first = f"SELECT rowid, {column} FROM typed WHERE {condition} ORDER BY rowid LIMIT 1"
         for row, value in connection.execute(first).fetchall():
             label = column.removeprefix("bad_")
-            raise InputError(
-                f"{where}, line {row + tables.first_line}: the {label} is {value or ''!r}; expected {expected}"
-            )
+            place = f"{where}, line {row + tables.first_line}"
+            raise InputError(f"{place}: the {label} is {value or ''!r}; expected {expected}")
     for table, column, short in (("users", "user", "u"), ("source_items", "item", "i")):
         connection.execute(f"""CREATE TABLE {table} AS
             SELECT {column}, CAST(row_number() OVER (ORDER BY {natural(column)}) - 1 AS INTEGER) AS {short}
             FROM (SELECT DISTINCT {column} FROM typed)""")
-    tie = (
-        "md5(user || chr(31) || item || chr(31) || coalesce(CAST(time AS VARCHAR), ''))"
-        if choices.time_tie_rule == "hash"
-        else "NULL"
-    )
+    hashed = "md5(user || chr(31) || item || chr(31) || coalesce(CAST(time AS VARCHAR), ''))"
+    tie = hashed if choices.time_tie_rule == "hash" else "NULL"
     connection.execute(f"""CREATE TABLE log AS SELECT u, i, time, typed.rowid AS row, rating, {tie} AS tie
         FROM typed JOIN users USING (user) JOIN source_items USING (item)""")
     connection.execute("DROP TABLE typed")
@@ -71,10 +65,8 @@ def complete_times(connection, choices: Choices, where, first_line: int) -> bool
             raise InputError(f"time_tie_rule is {choices.time_tie_rule!r} but {where} has no times: choose 'given'")
         return False
     if known < total and choices.missing_time_rule == "refuse":
-        raise InputError(
-            f"{where}, line {first + first_line}: the time is blank ({total - known} rows in all); "
-            "choose missing_time_rule 'drop' or 'row_order'"
-        )
+        told = f"{where}, line {first + first_line}: the time is blank ({total - known} rows in all)"
+        raise InputError(f"{told}; choose missing_time_rule 'drop' or 'row_order'")
     if known < total:
         window = "PARTITION BY u ORDER BY row ROWS BETWEEN"
         before = f"last_value(time IGNORE NULLS) OVER ({window} UNBOUNDED PRECEDING AND CURRENT ROW)"

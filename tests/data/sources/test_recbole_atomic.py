@@ -53,7 +53,7 @@ def test_other_field_names_can_be_named(files):
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
-        ("uid:token\titem_id:token", "no field 'user_id'"),
+        ("uid:token\titem_id:token", "no column 'user_id'"),
         ("user_id\titem_id:token", "'user_id' is no field of name:type"),
     ],
 )

@@ -28,38 +28,39 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
     `rank` and the like may change type from row to row.
     """
     path = files["interactions"]
-    keys = first_record(path)
+    keys, _ = first_record(path)
     edition = next((fields for key, fields in REVIEW_FIELDS.items() if key in keys), ())
     missing = [name for name in edition or ("reviewerID",) if name not in keys]
     if missing:
         raise InputError(f"{path} has no field {missing[0]!r} in line 1; its fields are {', '.join(keys)}")
     user, item, time, rating = edition
     relation = _json(path, dict.fromkeys(edition, "VARCHAR"))
-    seconds = _seconds(f'"{time}"') if time == "timestamp" else f'"{time}"'
+    # milliseconds to seconds; what is no number stays for the check that names it
+    milliseconds = f'coalesce(CAST(try_cast("{time}" AS DOUBLE) / 1000 AS VARCHAR), "{time}")'
+    seconds = milliseconds if time == "timestamp" else f'"{time}"'
     query = f'SELECT "{user}" AS user, "{item}" AS item, {seconds} AS time, "{rating}" AS rating FROM {relation}'
     items = _item_query(connection, files["items"]) if "items" in files else None
     return Tables(interactions=query, items=items)
 
 
-def first_record(path: Path) -> dict:
-    """Return the first line of a file of JSON lines or, as the metadata of 2014, of Python literals."""
+def first_record(path: Path) -> tuple[dict, bool]:
+    """Return the first line, and whether it is JSON: the metadata of 2014 are Python literals."""
     with open_text(path) as file:
         line = file.readline()
     try:
-        record = json.loads(line)
+        record, is_json = json.loads(line), True
     except json.JSONDecodeError:
-        record = _literal(path, 1, line)
+        record, is_json = _literal(path, 1, line), False
     if not isinstance(record, dict):
         raise InputError(f"{path}, line 1: expected a JSON object with named fields")
-    return record
+    return record, is_json
 
 
 def _item_query(connection, path: Path) -> str:
-    with open_text(path) as file:
-        line = file.readline()
-    if not _is_json(line):
+    record, is_json = first_record(path)
+    if not is_json:
         return _literal_items(connection, path)
-    item = next((key for key in ITEM_FIELDS if key in first_record(path)), None)
+    item = next((key for key in ITEM_FIELDS if key in record), None)
     if item is None:
         raise InputError(f"{path} has no field 'asin' or 'parent_asin' in line 1")
     fields = ITEM_FIELDS[item]
@@ -89,19 +90,11 @@ def _literal_batches(path: Path, schema) -> Iterator:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             record = _literal(path, number, line)
-            paths = record.get("categories", [])
-            categories = dict.fromkeys(name for names in paths for name in names)  # paths share their first names
-            rows.append(
-                {
-                    "item": record.get("asin"),
-                    "title": record.get("title"),
-                    "brand": record.get("brand"),
-                    "category": ", ".join(categories),
-                    "description": record.get("description"),
-                    "feature": None,
-                    "price": str(record["price"]) if "price" in record else None,
-                }
-            )
+            # paths share their first names
+            categories = dict.fromkeys(name for names in record.get("categories", []) for name in names)
+            kept = {name: record.get(name) for name in ("title", "brand", "description")}
+            price = str(record["price"]) if "price" in record else None
+            rows.append({"item": record.get("asin"), **kept, "category": ", ".join(categories), "price": price})
             if len(rows) == LITERAL_BATCH:
                 yield pyarrow.RecordBatch.from_pylist(rows, schema=schema)
                 rows = []
@@ -113,19 +106,6 @@ def _literal(path: Path, number: int, line: str) -> dict:
         return ast.literal_eval(line)
     except (ValueError, SyntaxError) as error:
         raise InputError(f"{path}, line {number}: neither a JSON object nor a Python literal: {line[:40]!r}") from error
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _seconds(column: str) -> str:
-    """Milliseconds as text to seconds as text; what is no number stays for the check that names it."""
-    return f"coalesce(CAST(try_cast({column} AS DOUBLE) / 1000 AS VARCHAR), {column})"
 
 
 def _json(path: Path, columns: Mapping[str, str]) -> str:

@@ -33,8 +33,8 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
         raise InputError(f"columns names {sorted(unknown)[0]!r}, which is none of user, item, time, rating, title")
     path = files["interactions"]
     relation = scan(path)
-    names = column_names(connection, relation, path)
-    chosen = {name: _find(name, names, columns, path) for name in ALIASES}
+    names = connection.sql(f"SELECT * FROM {relation}").columns
+    chosen = {name: find_column(name, names, columns, ALIASES, path) for name in ALIASES}
     selected = ", ".join(f"{_value(path, found)} AS {name}" for name, found in chosen.items() if found)
     items = _item_query(connection, files["items"], columns) if "items" in files else None
     header = suffix_of(path) in DELIMITERS
@@ -45,9 +45,8 @@ def scan(path: Path) -> str:
     """Return the DuckDB table function that reads `path`, chosen by its suffix; every value is text, typed later."""
     suffix = suffix_of(path)
     if suffix in DELIMITERS:
-        return delimited(
-            path, header_names(path), DELIMITERS[suffix], header=True, quote='"' if suffix == ".csv" else ""
-        )
+        quote = '"' if suffix == ".csv" else ""
+        return delimited(path, header_names(path), DELIMITERS[suffix], header=True, quote=quote)
     if suffix in JSON_SUFFIXES:
         return f"read_json({literal(path)}, format='newline_delimited', maximum_depth=1, sample_size=-1)"
     if suffix == ".parquet":
@@ -85,15 +84,10 @@ def open_text(path: Path):
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def column_names(connection, relation: str, path: Path) -> list[str]:
-    """Return the column names of a scanned file."""
-    return [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()]
-
-
 def _item_query(connection, path: Path, columns: Mapping[str, str]) -> str:
     relation = scan(path)
-    names = column_names(connection, relation, path)
-    item = _find(Column.item, names, columns, path)
+    names = connection.sql(f"SELECT * FROM {relation}").columns
+    item = find_column(Column.item, names, columns, ALIASES, path)
     title = columns.get(Column.title, Column.title)
     if title not in names:
         raise InputError(f"{path} has no column {title!r} for the title; its columns are {', '.join(names)}")
@@ -102,14 +96,13 @@ def _item_query(connection, path: Path, columns: Mapping[str, str]) -> str:
     return f"SELECT {', '.join(selected)} FROM {relation}"
 
 
-def _find(name: str, names: list[str], columns: Mapping[str, str], path: Path) -> str | None:
-    wanted = [columns[name]] if name in columns else ALIASES[name]
-    for candidate in wanted:
-        if candidate in names:
-            return candidate
-    if name in columns or name in (Column.user, Column.item):
+def find_column(name: str, names: list[str], columns: Mapping[str, str], aliases, path: Path) -> str | None:
+    """Return which of the `names` in a file is our `name`: the one `columns` says, else the first of its `aliases`."""
+    wanted = [columns[name]] if name in columns else aliases[name]
+    found = next((candidate for candidate in wanted if candidate in names), None)
+    if found is None and (name in columns or name in (Column.user, Column.item)):
         raise InputError(f"{path} has no column {wanted[0]!r} for the {name}; its columns are {', '.join(names)}")
-    return None
+    return found
 
 
 def _value(path: Path, name: str) -> str:
@@ -123,11 +116,9 @@ def suffix_of(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
-def quoted(name: str) -> str:
-    """Return `name` as an SQL identifier."""
+def quoted(name: str) -> str:  # an identifier of SQL
     return '"' + name.replace('"', '""') + '"'
 
 
-def literal(value: object) -> str:
-    """Return `value` as an SQL string."""
+def literal(value: object) -> str:  # a string of SQL
     return "'" + str(value).replace("'", "''") + "'"

@@ -13,7 +13,7 @@ import numpy as np
 from textrec.data.files import replacing
 from textrec.data.prepared import PreparedSet
 from textrec.data.sources import Tables
-from textrec.data.sources.frames import delimited, quoted
+from textrec.data.sources.frames import delimited, find_column, quoted
 from textrec.schema import Column, InputError
 
 FIELDS = {  # ours: RecBole's usual names
@@ -32,16 +32,11 @@ def read(connection, files: Mapping[str, Path], columns: Mapping[str, str] | Non
 
     `columns` maps user, item, time, rating or title to another field than RecBole's usual one.
     """
-    wanted = {**FIELDS, **{name: (field,) for name, field in (columns or {}).items()}}
     path = files["interactions"]
     fields = _fields(path)
-    found = _found(fields, {name: names for name, names in wanted.items() if name != Column.title})
-    for name in (Column.user, Column.item):
-        if name not in found:
-            names = ", ".join(fields)
-            raise InputError(f"{path} has no field {wanted[name][0]!r} for the {name}; its fields are {names}")
+    found = {name: find_column(name, fields, columns or {}, FIELDS, path) for name in FIELDS if name != Column.title}
     interactions = f"SELECT {_selected(found)} FROM {delimited(path, fields, TAB, header=True)}"
-    items = _item_query(files["items"], wanted) if "items" in files else None
+    items = _item_query(files["items"], columns or {}) if "items" in files else None
     return Tables(interactions=interactions, items=items, first_line=2)
 
 
@@ -55,20 +50,20 @@ def find(folder: Path) -> dict[str, Path]:
     return {"interactions": found[0]} | ({"items": items} if items.is_file() else {})
 
 
-def _item_query(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> str:
+def _item_query(path: Path, columns: Mapping[str, str]) -> str:
     fields = _fields(path)
-    found = _found(fields, {name: wanted[name] for name in (Column.item, Column.title)})
-    title = "" if Column.title in found else ", '' AS title"
+    found = {name: find_column(name, fields, columns, FIELDS, path) for name in (Column.item, Column.title)}
+    title = "" if found[Column.title] else ", '' AS title"
     others = "".join(f", {quoted(field)}" for field in fields if field not in found.values())
     return f"SELECT {_selected(found)}{title}{others} FROM {delimited(path, fields, TAB, header=True)}"
 
 
 def write(interactions, items, folder: Path, name: str) -> None:
     """Write two pandas tables (user, item, time, rating; item and texts) as `<name>/<name>.inter` and `.item`."""
-    renamed = interactions.rename(columns={Column.user: "user_id:token", Column.item: "item_id:token"})
-    renamed = renamed.rename(columns={Column.time: "timestamp:float", Column.rating: "rating:float"})
-    fields = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
-    _write(renamed[[field for field in fields if field in renamed]], folder / name / f"{name}.inter")
+    fields = {Column.user: "user_id:token", Column.item: "item_id:token", Column.rating: "rating:float",
+              Column.time: "timestamp:float"}  # fmt: skip
+    present = interactions[[column for column in fields if column in interactions]]
+    _write(present.rename(columns=fields), folder / name / f"{name}.inter")
     texts = {column: f"{column}:token_seq" for column in items.columns if column != Column.item}
     joined = items.map(lambda value: " ".join(value) if isinstance(value, list) else value)
     _write(joined.rename(columns={Column.item: "item_id:token", **texts}), folder / name / f"{name}.item")
@@ -109,14 +104,8 @@ def _fields(path: Path) -> list[str]:
     return [column.rpartition(":")[0] for column in header]
 
 
-def _found(fields: list[str], wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return our name -> field, for the names that have one."""
-    found = {name: next((field for field in names if field in fields), None) for name, names in wanted.items()}
-    return {name: field for name, field in found.items() if field}
-
-
-def _selected(found: Mapping[str, str]) -> str:
-    return ", ".join(f"{quoted(field)} AS {name}" for name, field in found.items())
+def _selected(found: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{quoted(field)} AS {name}" for name, field in found.items() if field)
 
 
 def _write(table, path: Path) -> None:
