@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -65,12 +65,7 @@ def find_recipe(name: str) -> SetRecipe | None:
 
 
 def prepare(
-    name: str,
-    *,
-    raw: Path | None = None,
-    processed: Path | None = None,
-    progress: Progress | None = None,
-    **choices,
+    name: str, *, raw: Path | None = None, processed: Path | None = None, progress: Progress | None = None, **choices
 ) -> PreparedSet:
     """Build the set `name` of `sets.yaml`, or reuse it where sources and choices are unchanged.
 
@@ -85,59 +80,52 @@ def prepare(
     files = {role: raw / path for role, path in recipe.files.items()}
     for path in files.values():
         if not path.is_file():
-            raise InputError(
-                f"{path} is missing: `textrec data download {name}` fetches it, or set TEXTREC_DATA to its folder"
-            )
+            remedy = f"`textrec data download {name}` fetches it, or set TEXTREC_DATA to its folder"
+            raise InputError(f"{path} is missing: {remedy}")
     resolved = Choices.of({**recipe.choices, **choices})
     changed = {key: value for key, value in choices.items() if value != asdict(Choices.of(recipe.choices))[key]}
     name += "".join(f"+{key}={value}" for key, value in sorted(changed.items()))
     return prepare_recipe(name, recipe, files, resolved, Path(processed or PROCESSED), progress)
 
 
-def prepare_frames(
-    name: str,
-    interactions: Path,
-    items: Path | None = None,
-    *,
-    columns: Mapping[str, str] | None = None,
-    processed: Path | None = None,
-    progress: Progress | None = None,
-    **choices,
-) -> PreparedSet:
+def prepare_frames(name: str, interactions: Path, items: Path | None = None, **options) -> PreparedSet:
     """Prepare two files of your own (TSV, CSV, JSON lines or Parquet, gzipped or not) as the set `name`.
 
-    `columns` maps user, item, time, rating and title to the names in your files. Without a time column the order of a
-    user's rows is the time order.
+    Without a time column the order of a user's rows is the time order. For `options` see `prepare_own`.
     """
     files = {"interactions": Path(interactions)} | ({"items": Path(items)} if items else {})
     for path in files.values():
         if not path.is_file():
             raise InputError(f"{path} is not a file")
-    return _prepare_own(name, "frames", files, columns, processed, progress, choices)
+    return prepare_own(name, "frames", files, **options)
 
 
-def prepare_folder(
+def prepare_folder(name: str, folder: Path, project: str, **options) -> PreparedSet:
+    """Prepare a folder that `project` (`recbole_atomic` or `recformer_folder`) reads as the set `name`.
+
+    The split is that of the choices; the default, leave-one-out, is the one RecFormer's parts have. For `options` see
+    `prepare_own`.
+    """
+    if options.get("columns") and project == "recformer_folder":
+        raise InputError("columns cannot be named for recformer_folder: the names in its files are fixed")
+    files = importlib.import_module(f"textrec.data.sources.{project}").find(Path(folder))
+    return prepare_own(name, project, files, **options)
+
+
+def prepare_own(
     name: str,
-    folder: Path,
-    project: str,
+    module: str,
+    files: Mapping[str, Path],
     *,
     columns: Mapping[str, str] | None = None,
     processed: Path | None = None,
     progress: Progress | None = None,
     **choices,
 ) -> PreparedSet:
-    """Prepare a folder that `project` (`recbole_atomic` or `recformer_folder`) reads as the set `name`.
+    """Prepare the user's own files, which `module` of the sources reads, as the set `name`.
 
-    `columns` maps user, item, time, rating and title to other fields than RecBole's usual ones. The split is that of
-    `choices`; the default, leave-one-out, is the one RecFormer's parts have.
+    `columns` maps user, item, time, rating and title to the names in the files, where those are not the usual ones.
     """
-    if columns and project == "recformer_folder":
-        raise InputError("columns cannot be named for recformer_folder: the names in its files are fixed")
-    files = importlib.import_module(f"textrec.data.sources.{project}").find(Path(folder))
-    return _prepare_own(name, project, files, columns, processed, progress, choices)
-
-
-def _prepare_own(name, module, files, columns, processed, progress, choices) -> PreparedSet:
     if not name or Path(name).name != name or name.startswith("."):
         raise InputError(f"{name!r} cannot name a data set: it becomes a folder name")
     recipe = SetRecipe(name=name, reader=f"{module}.read", options={"columns": dict(columns)} if columns else {})
@@ -145,45 +133,37 @@ def _prepare_own(name, module, files, columns, processed, progress, choices) -> 
 
 
 def prepare_recipe(
-    name: str,
-    recipe: SetRecipe,
-    files: Mapping[str, Path],
-    choices: Choices,
-    processed: Path,
-    progress: Progress | None = None,
+    name: str, recipe: SetRecipe, files: Mapping[str, Path], choices: Choices, processed: Path, progress=None
 ) -> PreparedSet:
     """Build or reuse `processed/name` from `files` (role: path), which `recipe.reader` understands."""
-    identity = {
-        "name": name,
-        "format": FORMAT,
-        "reader": recipe.reader,
-        "options": recipe.options,
-        "sources": [
-            {"role": role, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for role, path in sorted(files.items())
-        ],
-        "choices": asdict(choices),
-    }
+    sources = [
+        {"role": role, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for role, path in sorted(files.items())
+    ]
+    identity = {"name": name, "format": FORMAT, "reader": recipe.reader, "options": recipe.options, "sources": sources}
+    identity |= {"choices": asdict(choices)}
     folder = processed / name
     remove_partials(processed, name)
     if (folder / "fingerprint.json").is_file():
         found = PreparedSet.load(folder)
         if all(found.details.get(key) == value for key, value in identity.items()):
             return found
-    with naming_full_disk(processed, f"prepare {name} again"):
-        with staged_folder(folder) as partial, database(partial / "work") as connection:
-            details = _build(connection, recipe, files, choices, partial, progress)
-            text = json.dumps({**identity, **details, "published": recipe.published, "note": recipe.note}, indent=1)
-            (partial / "fingerprint.json").write_text(text + "\n", encoding="utf-8")
+    with (
+        naming_full_disk(processed, f"prepare {name} again"),
+        staged_folder(folder) as partial,
+        database(partial / "work") as connection,
+    ):
+        details = _build(connection, recipe, files, choices, partial, progress or (lambda sentence: None))
+        text = json.dumps({**identity, **details, "published": recipe.published, "note": recipe.note}, indent=1)
+        (partial / "fingerprint.json").write_text(text + "\n", encoding="utf-8")
     return PreparedSet.load(folder)
 
 
-def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path, progress) -> dict:
+def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path, tell: Progress) -> dict:
     """Write the arrays and tables of one set into `folder`; return the part of the fingerprint they decide."""
     module, function = recipe.reader.rsplit(".", 1)
     reader = getattr(importlib.import_module(f"textrec.data.sources.{module}"), function)
     where = files.get("interactions", recipe.name)
-    tell = progress or (lambda sentence: None)
     tell(f"reading {where}")
     with readable(files):
         tables = reader(connection, files, **recipe.options)
@@ -197,23 +177,16 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     tell("writing the histories")
     arrays = _write_histories(connection, folder, order)
     histories = Histories.load(folder)
-    split = splitting.split_histories(
-        histories,
-        split=choices.split,
-        validation=choices.validation,
-        test_share=choices.test_share,
-        cold_targets=choices.cold_targets,
-        seed=choices.seed,
-    )
-    for entry in fields(split):
-        array = getattr(split, entry.name)
-        key = entry.name.removesuffix("_U")
+    named = ("split", "validation", "test_share", "cold_targets", "seed")
+    split = splitting.split_histories(histories, **{name: getattr(choices, name) for name in named})
+    for name, array in vars(split).items():
+        key = name.removesuffix("_U")
         np.save(folder / f"{key}.npy", array)
         arrays[key] = hashlib.sha256(array.tobytes()).hexdigest()
     arrays |= _write_tables(connection, folder)
+    text_hash = arrays.pop("catalogue_text")
     num_items = connection.execute("SELECT count(*) FROM catalogue").fetchall()[0][0]
     counts = {"users": histories.num_users, "items": num_items, "interactions": len(histories.items_E)}
-    text_hash = arrays.pop("catalogue_text")
     changed = {key: value for key, value in asdict(choices).items() if value != getattr(Choices, key)}
     # defaults are left out: a choice added later leaves older fingerprints as they are
     decided = json.dumps([changed, arrays], sort_keys=True)
@@ -244,13 +217,8 @@ def _filter(steps: filtering.FilterSteps, choices: Choices, order: str, listed: 
     if choices.unknown_items == "drop" and listed:
         known = "i IN (SELECT i FROM source_items SEMI JOIN listed USING (item))"
         steps.keep("items with a row in the item table", f"SELECT * FROM log WHERE {known}")
-    filtering.keep_core(
-        steps,
-        min_user=choices.min_user,
-        min_item=choices.min_item,
-        order=choices.core_order,
-        repeat=choices.core_repeat,
-    )
+    minima = {"min_user": choices.min_user, "min_item": choices.min_item}
+    filtering.keep_core(steps, **minima, order=choices.core_order, repeat=choices.core_repeat)
     steps.connection.execute("CREATE TABLE candidate_ids AS SELECT DISTINCT i FROM log")
     if choices.user_sample is not None:
         _sample_users(steps, choices.user_sample, choices.seed)
@@ -275,8 +243,9 @@ def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
         candidates += " UNION SELECT item FROM listed WHERE item IS NOT NULL"
     connection.execute(f"""CREATE TABLE kept_items AS SELECT item,
         CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS textrec_number FROM ({candidates})""")
-    rules = {"duplicate_items": choices.duplicate_items, "unknown_items": choices.unknown_items}
-    return build_catalogue(connection, texts, **rules)
+    return build_catalogue(
+        connection, texts, duplicate_items=choices.duplicate_items, unknown_items=choices.unknown_items
+    )
 
 
 def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
@@ -289,18 +258,13 @@ def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
     seconds = "CAST(floor(coalesce(log.time, 0)) AS BIGINT)"
     ordered = connection.sql(f"""SELECT textrec_number AS item, {seconds} AS time FROM log
         JOIN source_items USING (i) JOIN kept_items USING (item) ORDER BY u, {terms}""")
-    with (
-        array_file(folder / "items.npy", np.int32, total) as items,
-        array_file(folder / "times.npy", np.int64, total) as times,
-    ):
+    items_path, times_path = folder / "items.npy", folder / "times.npy"
+    with array_file(items_path, np.int32, total) as items, array_file(times_path, np.int64, total) as times:
         for batch in ordered.to_arrow_reader(BATCH_ROWS):
             items.append(np.from_dlpack(batch.column("item")))
             times.append(np.from_dlpack(batch.column("time")))
-    return {
-        "items": items.digest.hexdigest(),
-        "times": times.digest.hexdigest(),
-        "offsets": hashlib.sha256(offsets_U1.tobytes()).hexdigest(),
-    }
+    digests = {"items": items.digest, "times": times.digest, "offsets": hashlib.sha256(offsets_U1.tobytes())}
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _write_tables(connection, folder: Path) -> dict[str, str]:
@@ -309,11 +273,10 @@ def _write_tables(connection, folder: Path) -> dict[str, str]:
     catalogue = "SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number"
     for query, name in ((users, "users"), (catalogue, "catalogue")):
         connection.execute(f"COPY ({query}) TO {literal(folder / f'{name}.parquet')} (FORMAT parquet)")
-    return {
-        "user_ids": _digest(connection, users),
-        "item_ids": _digest(connection, "SELECT item FROM kept_items ORDER BY textrec_number"),
-        "catalogue_text": _digest(connection, f"SELECT CAST(to_json(texts) AS VARCHAR) FROM ({catalogue}) AS texts"),
-    }
+    items = "SELECT item FROM kept_items ORDER BY textrec_number"
+    texts = f"SELECT CAST(to_json(texts) AS VARCHAR) FROM ({catalogue}) AS texts"
+    queries = {"user_ids": users, "item_ids": items, "catalogue_text": texts}
+    return {name: _digest(connection, query) for name, query in queries.items()}
 
 
 def _digest(connection, query: str) -> str:
