@@ -10,7 +10,6 @@ from textrec.data.tokenizing import (
     ItemTokens,
     SpecialTokens,
     history_tokens,
-    item_batches,
     length_sorted_batches,
     tokenize_items,
     train_tokenizer,
@@ -217,18 +216,6 @@ def test_the_cut_keeps_the_newest_and_may_fall_within_an_item():
     full = history_tokens(tokens, np.array([[2, 3, 1, 1]]), start_token=7)
     cut = history_tokens(tokens, np.array([[2, 3, 1, 1]]), start_token=7, max_tokens=8)
     assert cut["token_ids_T"].tolist() == [7, 100, 101, 102, 103, 104, 100, 101] == full["token_ids_T"][:8].tolist()
-
-
-def test_item_batches_are_one_item_sequences_within_the_budget():
-    tokens = random_items(50)
-    seen, sizes = [], []
-    for items_B, packed in item_batches(tokens, start_token=7, max_batch_tokens=24):
-        alone = history_tokens(tokens, items_B[:, None], start_token=7)
-        assert all(np.array_equal(packed[name], alone[name]) for name in packed)
-        assert len(items_B) * packed["lengths_B"].max() <= 24
-        seen += items_B.tolist()
-        sizes.append(packed["lengths_B"].max())
-    assert sorted(seen) == list(range(1, 51)) and sizes == sorted(sizes, reverse=True)
 
 
 def test_length_sorted_batches_never_starve():

@@ -259,18 +259,6 @@ def _flat(histories: np.ndarray | tuple[np.ndarray, np.ndarray]) -> tuple[np.nda
     return histories[real_BL], np.concatenate([[0], np.cumsum(real_BL.sum(1))])
 
 
-def item_batches(
-    item_tokens: ItemTokens, *, start_token: int, max_batch_tokens: int, max_tokens: int = 1024
-) -> Iterator[tuple[np.ndarray, Packed]]:
-    """Yield `(item ids, packed one-item sequences)` of the whole catalogue, longest items first."""
-    for rows_B in length_sorted_batches(np.minimum(item_tokens.lengths_I[1:] + 1, max_tokens), max_batch_tokens):
-        items_B = rows_B + 1
-        yield (
-            items_B,
-            history_tokens(item_tokens, items_B[:, None], start_token=start_token, max_tokens=max_tokens),
-        )
-
-
 def length_sorted_batches(lengths_N: np.ndarray, max_batch_tokens: int) -> Iterator[np.ndarray]:
     """Yield rows, longest first, so many that the longest times their number stays within `max_batch_tokens`.
 
