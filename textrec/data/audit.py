@@ -46,19 +46,17 @@ class Audit:
 
     def __repr__(self) -> str:
         titles = ", ".join(f"{count:,} {text}" for text, count in self.titles.items())
-        return (
-            f"audit of {self.name} ({self.fingerprint[:12]}), ties redrawn {self.draws} times; items: {titles}\n"
-            + self.to_frame().map(_shown).to_string()
-        )
+        head = f"audit of {self.name} ({self.fingerprint[:12]}), ties redrawn {self.draws} times; items: {titles}"
+        return f"{head}\n{self.to_frame().map(_shown).to_string()}"
 
 
 def audit(prepared: PreparedSet, *, draws: int = 5) -> Audit:
     """Measure the leaks and ambiguities of a prepared split; `draws` is how often tied times are redrawn."""
     histories, split = prepared.histories, prepared.split
     counts_I = training_counts(histories, split)
-    training_times = _training_times(prepared) if has_times(histories) else None
-    findings, redrawn = {}, {}
-    redraws = [redraw_ties(histories, seed) for seed in range(draws)] if has_times(histories) else []
+    timed, findings, redrawn = has_times(histories), {}, {}
+    training_times = _training_times(prepared) if timed else None
+    redraws = [redraw_ties(histories, seed) for seed in range(draws)] if timed else []
     for which in TARGETS:
         users, positions = split.targets(which)
         items = histories.at(users, positions)
@@ -70,7 +68,7 @@ def audit(prepared: PreparedSet, *, draws: int = 5) -> Audit:
             "later_share": _later_share(histories, users, positions, training_times),
             "cold": int((counts_I[items] == 0).sum()),
             "repeats": _repeats(histories, users, positions, items),
-            "tied": _tied(histories, users, positions) if has_times(histories) else None,
+            "tied": _tied(histories, users, positions) if timed else None,
             "churn": float(np.mean(churn)) if churn else None,
             "churn_highest": max(churn) if churn else None,
         }
@@ -163,18 +161,13 @@ def _tied(histories, users, positions) -> int:
 def _titles(prepared: PreparedSet) -> dict[str, int]:
     titles = prepared.catalogue["title"]
     filled = titles[titles != ""]
-    return {
-        "without a title": int(len(titles) - len(filled)),
-        "sharing their title with another": int(filled.duplicated(keep=False).sum()),
-    }
+    shared = int(filled.duplicated(keep=False).sum())
+    return {"without a title": len(titles) - len(filled), "sharing their title with another": shared}
 
 
 def _time_range(histories: Histories) -> str:
-    first, last = (
-        np.datetime64(int(value), "s").astype("datetime64[D]")
-        for value in (histories.times_E.min(), histories.times_E.max())
-    )
-    return f"{first} to {last}"
+    seconds = np.array([histories.times_E.min(), histories.times_E.max()], "datetime64[s]")
+    return " to ".join(seconds.astype("datetime64[D]").astype(str))
 
 
 def _shown(value) -> str:

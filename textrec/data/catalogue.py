@@ -63,24 +63,18 @@ def build_catalogue(connection, names: list[str] | None, *, duplicate_items: str
     if duplicate_items == "refuse" and listed > distinct:
         query = "SELECT item FROM listed GROUP BY item HAVING count(*) > 1 ORDER BY min(rowid) LIMIT 1"
         repeated = connection.execute(query).fetchall()[0][0]
-        raise InputError(
-            f"the item table lists {repeated!r} more than once: choose duplicate_items 'first_non_empty' to merge rows"
-        )
+        told = f"the item table lists {repeated!r} more than once"
+        raise InputError(f"{told}: choose duplicate_items 'first_non_empty' to merge rows")
     absent = "kept_items ANTI JOIN listed USING (item)"
     without_row = _count(connection, absent)
     if unknown_items == "refuse" and without_row:
         item = connection.execute(f"SELECT item FROM {absent} ORDER BY textrec_number LIMIT 1").fetchall()[0][0]
-        raise InputError(
-            f"{without_row} items of the interactions have no row in the item table, first {item!r}: "
-            "choose unknown_items 'keep' to give them an empty title"
-        )
+        told = f"{without_row} items of the interactions have no row in the item table, first {item!r}"
+        raise InputError(f"{told}: choose unknown_items 'keep' to give them an empty title")
     _merge_rows(connection, names)
-    return {
-        "listed": listed,
-        "duplicate_rows": listed - distinct,
-        "without_row": without_row,
-        "without_title": _count(connection, "catalogue WHERE title = ''"),
-    }
+    without_title = _count(connection, "catalogue WHERE title = ''")
+    counts = {"listed": listed, "duplicate_rows": listed - distinct}
+    return counts | {"without_row": without_row, "without_title": without_title}
 
 
 def _merge_rows(connection, names: list[str]) -> None:

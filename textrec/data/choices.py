@@ -27,9 +27,7 @@ class Choices:
 
     missing_time_rule: str = "refuse"  # row_order: a blank time is that of the user's preceding row
     min_rating: float | None = None  # keep interactions rated at least this; blank ratings go
-    time_tie_rule: str = (
-        "stable"  # equal times: file order | hash of user, item, time | item id; given: file order throughout
-    )
+    time_tie_rule: str = "stable"  # equal times: file order | hash of user, item, time | item id; given: file order
     duplicate_rule: str = "keep_all"  # repeated user-item pairs, first and last in the order above
     unknown_items: str = "keep"  # items of the interactions without a row in the item table
     min_user: int = 0  # interactions per user

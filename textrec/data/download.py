@@ -6,6 +6,7 @@ attempt goes on from it; a lock keeps two processes from writing it at once.
 
 import fcntl
 import http.client
+import json
 import os
 import shutil
 import urllib.error
@@ -30,10 +31,6 @@ Progress = Callable[[str, int, int | None], None]  # file name, bytes so far, by
 UNREACHABLE = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 
 
-class _CutError(Exception):
-    """The mirror promised more bytes than it sent."""
-
-
 @cache
 def known_downloads() -> dict[str, dict]:
     """Return `downloads.yaml`: name -> page and files."""
@@ -45,10 +42,9 @@ def known_downloads() -> dict[str, dict]:
 def download_set(name: str, raw: Path | None = None, *, progress: Progress | None = None) -> list[str]:
     """Fetch and unpack what is missing of the set `name`; return a line per file: where it is, what vouches for it."""
     raw = Path(raw) if raw else raw_data()
-    entry, category = _entry(name)
+    entry = _entry(name)
     lines = []
-    for described in entry["files"]:
-        file = {key: _filled(value, category) for key, value in described.items()}
+    for file in entry["files"]:
         path = raw / file["path"]
         members = {member: raw / target for member, target in file.get("members", {}).items()}
         if members and all(target.is_file() for target in members.values()):
@@ -89,7 +85,7 @@ def download(
         for url in mirrors:
             try:
                 _fetch_whole(url, file, partial, pinned=sha256 is not None, progress=progress)
-            except (*UNREACHABLE, _CutError) as error:
+            except UNREACHABLE as error:
                 failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
                 continue
             wrong = _difference(partial, sha256, size)
@@ -116,7 +112,7 @@ def _fetch_whole(url: str, file: BinaryIO, partial: Path, *, pinned: bool, progr
         try:
             with naming_full_disk(partial, "download again, it resumes"):
                 return _fetch(url, file, partial, pinned=pinned, progress=progress)
-        except (http.client.IncompleteRead, ConnectionError, TimeoutError, _CutError):
+        except (http.client.IncompleteRead, ConnectionError, TimeoutError):
             if attempt == ATTEMPTS - 1 or file.tell() == before:
                 raise
 
@@ -136,7 +132,7 @@ def _fetch(url: str, file: BinaryIO, partial: Path, *, pinned: bool, progress: P
         if error.headers.get("Content-Range") == f"bytes */{file.tell()}":  # all of it was here before
             return
         _start_anew(file)
-        raise _CutError("what was there is longer than the file") from error
+        raise ConnectionError("what was there is longer than the file") from error
     with response:
         if response.headers.get_content_type() == "text/html":
             raise urllib.error.URLError("a web page came in place of the file")
@@ -150,7 +146,7 @@ def _fetch(url: str, file: BinaryIO, partial: Path, *, pinned: bool, progress: P
             if progress:
                 progress(partial.name.removesuffix(".partial"), file.tell(), total)
     if total is not None and file.tell() < total:
-        raise _CutError(f"the connection was cut after {file.tell()} of {total} bytes")
+        raise ConnectionError(f"the connection was cut after {file.tell()} of {total} bytes")
 
 
 def _write(file: BinaryIO, block: bytes) -> None:
@@ -208,19 +204,11 @@ def _unpack(archive: Path, members: Mapping[str, Path]) -> None:
         raise InputError(f"{archive} is no readable zip archive ({error}): delete it and download it again") from error
 
 
-def _entry(name: str) -> tuple[dict, str]:
-    """Return the entry that `name` means and the category in it, if any."""
+def _entry(name: str) -> dict:
+    """Return the entry that `name` means, its category filled in."""
     entries = known_downloads()
     pattern, category = matching(name, entries)
     if pattern is None:
-        raise InputError(
-            f"no public download of {name!r} is known (known: {', '.join(entries)}): "
-            "put its files by hand where `textrec data prepare` looks for them"
-        )
-    return entries[pattern], category
-
-
-def _filled(value, category: str):
-    if isinstance(value, str):
-        return value.replace("{category}", category)
-    return [_filled(one, category) for one in value] if isinstance(value, list) else value
+        told = f"no public download of {name!r} is known (known: {', '.join(entries)})"
+        raise InputError(f"{told}: put its files by hand where `textrec data prepare` looks for them")
+    return json.loads(json.dumps(entries[pattern]).replace("{category}", category))

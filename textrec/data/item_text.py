@@ -27,8 +27,8 @@ def item_attributes(catalogue: "DataFrame", names: Sequence[str] | None = None) 
     columns = [name for name in catalogue.columns if name != Column.item]
     for name in names or ():
         if name not in columns:
-            hint = closest(name, columns)
-            raise InputError(f"the catalogue has no text column {name!r}{hint}; its columns are {', '.join(columns)}")
+            told = f"the catalogue has no text column {name!r}{closest(name, columns)}"
+            raise InputError(f"{told}; its columns are {', '.join(columns)}")
     filled = catalogue[columns].fillna("")
     wanted = list(names or ATTRIBUTES)
     found = [name for name in wanted if names or name in columns and (filled[name] != "").any()]
@@ -36,10 +36,9 @@ def item_attributes(catalogue: "DataFrame", names: Sequence[str] | None = None) 
         return filled[found]
     if not names and MERGED in columns and (filled[MERGED] != "").any():
         return filled[[MERGED]].rename(columns={MERGED: Column.title})
-    raise InputError(
-        f"none of the {len(catalogue)} items has a text in {', '.join(wanted)}{'' if names else f' or {MERGED}'}: "
-        f"a model of texts needs an item table with one; the catalogue's columns are {', '.join(columns) or 'none'}"
-    )
+    told = f"none of the {len(catalogue)} items has a text in {', '.join(wanted)}{'' if names else f' or {MERGED}'}"
+    known = f"the catalogue's columns are {', '.join(columns) or 'none'}"
+    raise InputError(f"{told}: a model of texts needs an item table with one; {known}")
 
 
 def item_texts(attributes: "DataFrame", separator: str = ". ") -> "Series":

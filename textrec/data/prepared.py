@@ -50,9 +50,8 @@ class PreparedSet:
         folder = Path(folder)
         path = folder / "fingerprint.json"
         if not path.is_file():
-            raise InputError(
-                f"{folder} holds no prepared data set (fingerprint.json is missing): run `textrec data prepare`"
-            )
+            told = f"{folder} holds no prepared data set (fingerprint.json is missing)"
+            raise InputError(f"{told}: run `textrec data prepare`")
         details = json.loads(path.read_text(encoding="utf-8"))
         split = Split(*(np.load(folder / f"{name}.npy") for name in ("train_end", "validation_target", "test_target")))
         return cls(details["name"], folder, Histories.load(folder), split, details["counts"]["items"], details)

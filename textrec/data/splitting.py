@@ -38,21 +38,15 @@ def split_histories(
     """
     if split == "global_time" and not histories.times_E.any():
         raise InputError("split is 'global_time' but the source has an order only, no times")
-    positions = {
-        "leave_one_out": _leave_one_out,
-        "global_time": _global_time,
-        "ratio": _ratio,
-        "users": _users,
-    }[split]
+    positions = {"leave_one_out": _leave_one_out, "global_time": _global_time, "ratio": _ratio, "users": _users}[split]
     test_start_U, test_U, train_end_U, validation_U = positions(histories, test_share, generator(seed, "split"))
     if validation != "all":
         chosen_U = np.zeros(histories.num_users, dtype=bool)
         if validation != "none":
             candidates = np.flatnonzero(validation_U >= 0)
             if validation > len(candidates):
-                raise InputError(
-                    f"validation is {validation} users but only {len(candidates)} have a validation target"
-                )
+                few = f"only {len(candidates)} have a validation target"
+                raise InputError(f"validation is {validation} users but {few}")
             chosen_U[generator(seed, "validation").choice(candidates, validation, replace=False)] = True
         validation_U = np.where(chosen_U, validation_U, -1)
         train_end_U = np.where(chosen_U, train_end_U, test_start_U)
@@ -98,10 +92,8 @@ def tie_statistics(histories: Histories) -> dict | None:
     tied_E = np.concatenate([same_E, [False]]) | np.concatenate([[False], same_E])
     long_U = histories.lengths_U >= 2
     ends = histories.offsets_U1[1:][long_U]
-    return {
-        "interactions": round(float(tied_E.mean()), 6),
-        "last": round(float(same_E[ends - 2].sum() / histories.num_users), 6),
-    }
+    shares = {"interactions": tied_E.mean(), "last": same_E[ends - 2].sum() / histories.num_users}
+    return {name: round(float(share), 6) for name, share in shares.items()}
 
 
 # Each function returns, per user: where the held-out test part starts, the test target, where training ends if the user
@@ -144,18 +136,12 @@ def _users(histories: Histories, share: float, numbers: np.random.Generator):
     lengths_U = histories.lengths_U
     count = math.ceil(share * histories.num_users)
     if 2 * count >= histories.num_users:
-        raise InputError(
-            f"test_share is {share}: with as many validation users nobody of {histories.num_users} is left to train on"
-        )
+        told = f"with as many validation users nobody of {histories.num_users} is left to train on"
+        raise InputError(f"test_share is {share}: {told}")
     order = numbers.permutation(histories.num_users)
     group_U = np.zeros(histories.num_users, dtype=np.int8)
     group_U[order[:count]] = 1
     group_U[order[count : 2 * count]] = 2
     last_U = np.where(lengths_U >= 2, lengths_U - 1, -1)
-    start_U = np.where(group_U == 1, 0, lengths_U)
-    return (
-        start_U,
-        np.where(group_U == 1, last_U, -1),
-        np.where(group_U == 0, lengths_U, 0),
-        np.where(group_U == 2, last_U, -1),
-    )
+    test_U, validation_U = (np.where(group_U == group, last_U, -1) for group in (1, 2))
+    return np.where(group_U == 1, 0, lengths_U), test_U, np.where(group_U == 0, lengths_U, 0), validation_U

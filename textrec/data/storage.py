@@ -22,7 +22,6 @@ class ArrayFile:
         self.file, self.dtype, self.digest = file, dtype, hashlib.sha256()
 
     def append(self, values: np.ndarray) -> None:
-        """Write `values` behind what is there."""
         data = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
         self.file.write(data)
         self.digest.update(data)
@@ -30,7 +29,6 @@ class ArrayFile:
 
 @contextmanager
 def array_file(path: Path, dtype, length: int) -> Iterator[ArrayFile]:
-    """Open `path` for appending `length` numbers of `dtype`."""
     with path.open("wb") as file:
         yield ArrayFile(file, dtype, length)
 
@@ -86,12 +84,10 @@ def database(folder: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator:
     import duckdb
 
     folder.mkdir()
-    config = {"memory_limit": memory_limit, "temp_directory": str(folder)}
-    connection = duckdb.connect(":memory:", config=config)
     try:
-        yield connection
+        with duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(folder)}) as connection:
+            yield connection
     finally:
-        connection.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

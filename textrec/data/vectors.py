@@ -107,9 +107,8 @@ def _encode_chunk(texts: list[str], encode, tokenize, max_tokens: int, max_batch
     for rows in length_sorted_batches(lengths, max_batch_tokens):
         made = np.asarray(encode([inputs[row] for row in rows]))
         if made.ndim != 2 or len(made) != len(rows) or vectors is not None and made.shape[1] != vectors.shape[1]:
-            raise InputError(
-                f"the encoder made an array of shape {made.shape} of {len(rows)} texts; expected a row each"
-            )
+            told = f"the encoder made an array of shape {made.shape} of {len(rows)} texts"
+            raise InputError(f"{told}; expected a row each")
         if vectors is None:
             vectors = np.empty((len(texts), made.shape[1]), dtype)
         with np.errstate(over="ignore"):
@@ -128,9 +127,8 @@ def _append(path: Path, rows: np.ndarray, at: int) -> None:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if shape[1:] != rows.shape[1:]:
-                raise InputError(
-                    f"the encoder makes vectors of {rows.shape[1]} numbers, {path} holds {shape[1]} a text"
-                )
+                told = f"the encoder makes vectors of {rows.shape[1]} numbers"
+                raise InputError(f"{told}, {path} holds {shape[1]} a text")
         else:
             _write_header(file, rows, 0)
         beginning = file.tell()

@@ -12,11 +12,9 @@ from textrec.data.sources.frames import header_names, scan
 from textrec.schema import InputError
 
 NEEDED = {
-    "interactions": ("t_dat", "customer_id", "article_id"),
-    "items": (
-        *("article_id", "prod_name", "product_type_name", "product_group_name", "section_name"),
-        *("colour_group_name", "department_name", "detail_desc"),
-    ),
+    "interactions": "t_dat customer_id article_id",
+    "items": "article_id prod_name product_type_name product_group_name section_name colour_group_name department_name "
+    "detail_desc",
 }
 
 
@@ -24,7 +22,7 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
     """Read transactions (31 million rows, streamed) and articles; a date that is none is handed on to be refused."""
     for role, names in NEEDED.items():
         header = header_names(files[role])
-        for name in names:
+        for name in names.split():
             if name not in header:
                 raise InputError(f"{files[role]} has no column {name!r}; its columns are {', '.join(header)}")
     day = "coalesce(CAST(CAST(epoch(try_cast(t_dat AS TIMESTAMP)) AS BIGINT) AS VARCHAR), t_dat)"

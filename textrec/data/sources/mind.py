@@ -40,7 +40,9 @@ def read(connection, files: Mapping[str, Path], with_history: bool = True) -> Ta
     connection.execute(f"""CREATE TABLE mind_interactions AS SELECT user, item, time FROM ({source}) WHERE item <> ''
         ORDER BY user, kind, time, line, position""")
     connection.execute("DROP TABLE mind_behaviors")
-    news = " UNION ALL ".join(_scan_news(path) for role, path in files.items() if role.startswith("items"))
+    scans = (_scan(path, NEWS) for role, path in files.items() if role.startswith("items"))
+    texts = "SELECT item, title, [category, subcategory] AS category, abstract"
+    news = " UNION ALL ".join(f"{texts} FROM {scan}" for scan in scans)
     seconds = "" if with_history else ", CAST(epoch(time) AS BIGINT) AS time"
     return Tables(interactions=f"SELECT user, item{seconds} FROM mind_interactions", items=news or None)
 
@@ -51,10 +53,6 @@ def _check_times(connection, logs: list[Path]) -> None:
         WHERE time IS NULL ORDER BY line LIMIT 1""").fetchall()
     for part, written, line in wrong:
         raise InputError(f"{logs[part]}, line {line}: the time is {written!r}; expected one like 11/13/2019 8:36:57 AM")
-
-
-def _scan_news(path: Path) -> str:
-    return f"SELECT item, title, [category, subcategory] AS category, abstract FROM {_scan(path, NEWS)}"
 
 
 def _scan(path: Path, names: tuple[str, ...]) -> str:

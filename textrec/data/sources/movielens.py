@@ -29,9 +29,8 @@ def read_100k(connection, files: Mapping[str, Path]) -> Tables:
     names = [row[0] for row in connection.execute(f"SELECT genre FROM {named} WHERE genre <> ''").fetchall()]
     flags = tuple(f"flag_{number}" for number in range(len(names)))
     movies = _plain(files["items"], "|", ("item", "title", "released", "video_released", "url", *flags))
-    genres = ", ".join(
-        f"CASE WHEN {flag} = '1' THEN {literal(name)} END" for flag, name in zip(flags, names, strict=True)
-    )
+    named = zip(flags, names, strict=True)
+    genres = ", ".join(f"CASE WHEN {flag} = '1' THEN {literal(name)} END" for flag, name in named)
     ratings = _plain(files["interactions"], "\\t", ("user", "item", "rating", "time"))
     return Tables(
         interactions=f"SELECT user, item, time, rating FROM {ratings}",

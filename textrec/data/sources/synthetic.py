@@ -67,21 +67,20 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         strengths = (self.order_strength, self.text_strength, self.time_strength, self.cold_share)
         warm = self.num_items - self.num_cold_items
-        checks = {
-            f"strengths {strengths} must not be negative, the first three not above 1 in sum": min(strengths) >= 0
-            and sum(strengths[:3]) <= 1 + 1e-9,
-            f"order={self.order} must be 1 or 2": self.order in (1, 2),
-            f"time_gap={self.time_gap!r} must be 'history' or 'target'": self.time_gap in ("history", "target"),
-            f"lengths {self.min_length}..{self.max_length} must not fall and be at least 3": (
-                3 <= self.min_length <= self.max_length
-            ),
-            f"max_length={self.max_length} leaves nothing new among {warm} warm items: set repeats or more items": (
-                self.repeats or self.max_length < warm
-            ),
-            f"num_clusters={self.num_clusters} must not exceed the {warm} warm items, nor {self.num_cold_items} cold "
-            "items where there are any": self.num_clusters <= min(warm, self.num_cold_items or warm),
-        }
-        for message, holds in checks.items():
+        lengths, cold = f"{self.min_length}..{self.max_length}", self.num_cold_items
+        checks = (
+            (min(strengths) >= 0 and sum(strengths[:3]) <= 1 + 1e-9,
+             f"strengths {strengths} must not be negative, the first three not above 1 in sum"),
+            (self.order in (1, 2), f"order={self.order} must be 1 or 2"),
+            (self.time_gap in ("history", "target"), f"time_gap={self.time_gap!r} must be 'history' or 'target'"),
+            (3 <= self.min_length <= self.max_length, f"lengths {lengths} must not fall and be at least 3"),
+            (self.repeats or self.max_length < warm,
+             f"max_length={self.max_length} leaves nothing new among {warm} warm items: set repeats or more items"),
+            (self.num_clusters <= min(warm, cold or warm),
+             f"num_clusters={self.num_clusters} must not exceed the {warm} warm items, nor {cold} cold items where "
+             "there are any"),
+        )  # fmt: skip
+        for holds, message in checks:
             if not holds:
                 raise InputError(f"the synthetic set cannot be made: {message}")
 
@@ -143,7 +142,8 @@ class SyntheticSet:
         """Return the item table as a pandas frame: item, title, brand, category (a list), description."""
         import pandas
 
-        return pandas.DataFrame(_item_texts(self.truth, generator(self.config.seed, "synthetic", "texts")))
+        texts = _item_texts(self.truth, generator(self.config.seed, "synthetic", "texts"))
+        return pandas.DataFrame(texts, columns=["item", "title", "brand", "category", "description"])
 
     @cached_property
     def optimum(self) -> dict[str, dict[str, dict[str, Level]]]:
@@ -162,25 +162,18 @@ class SyntheticSet:
         time_blind_UI = sum(test_probabilities(self.config, self.truth, state) for state in blind_states) / len(buckets)
         text_blind_UI = full_UI.copy()
         text_blind_UI[:, cold_I] = full_UI[:, cold_I].mean(axis=1, keepdims=True) if cold_I.any() else 0
-        readers = {
-            "full": full_UI,
-            "text_blind": text_blind_UI,
-            "time_blind": time_blind_UI,
-            "id": np.where(cold_I, 0, time_blind_UI),
-            "chance": np.zeros_like(full_UI),
-        }
+        readers = {"full": full_UI, "text_blind": text_blind_UI, "time_blind": time_blind_UI}
+        readers |= {"id": np.where(cold_I, 0, time_blind_UI), "chance": np.zeros_like(full_UI)}
         return {name: self.levels(scores_UI) for name, scores_UI in readers.items()}
 
     def levels(self, scores_UI: np.ndarray) -> dict[str, dict[str, Level]]:
         """Return what any scores [U, I] are worth under the truth, by ranking: free of the luck of the draw."""
-        anything = np.ones_like(self.truth.cold_I)
-        nothing_UI = np.zeros_like(self.state.seen_UI)
         seen_UI, cold_I = self.state.seen_UI, self.truth.cold_I
-        levels = {"kept": expected_metrics(self.probabilities_UI, scores_UI, nothing_UI, anything)}
-        levels["filtered"] = expected_metrics(self.probabilities_UI, scores_UI, seen_UI, anything)
+        anything = np.ones_like(cold_I)
+        rankings = {"kept": (np.zeros_like(seen_UI), anything), "filtered": (seen_UI, anything)}
         if self.probabilities_UI[:, cold_I].any():
-            levels["cold"] = expected_metrics(self.probabilities_UI, scores_UI, seen_UI, cold_I)
-        return levels
+            rankings["cold"] = (seen_UI, cold_I)
+        return {name: expected_metrics(self.probabilities_UI, scores_UI, *of) for name, of in rankings.items()}
 
 
 def read(connection, files: Mapping[str, Path], **options) -> Tables:
@@ -347,18 +340,17 @@ def _draw(probabilities_UI: np.ndarray, random: np.random.Generator) -> np.ndarr
     return (total_UI > random.random((len(total_UI), 1)) * total_UI[:, -1:]).argmax(axis=1)
 
 
-def _item_texts(truth: Truth, random: np.random.Generator) -> dict[str, list]:
+def _item_texts(truth: Truth, random: np.random.Generator) -> list[tuple]:
     syllables = ["zor", "vak", "mi", "tel", "qua", "nib", "rho", "fen", "lu", "dax", "pry", "sko"]
     themes = list(THEMES)
     num_clusters = truth.cluster_I.max() + 1
     pairs = random.permutation(len(syllables) ** 2)[:num_clusters]
     brands = [(syllables[pair // 12] + syllables[pair % 12]).capitalize() for pair in pairs]
-    columns = {"item": [], "title": [], "brand": [], "category": [], "description": []}
+    items = []
     for item, cluster in enumerate(truth.cluster_I.tolist(), start=1):
         theme, brand = themes[cluster % len(themes)], brands[cluster]
         noun, adjective = random.choice(THEMES[theme]), random.choice(ADJECTIVES)
         description = f"A {adjective} {noun} by {brand}, number {item} of its range."
-        row = (str(item), f"{brand} {noun}, {adjective}, no. {item}", brand, [theme, brand], description)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    return columns
+        title = f"{brand} {noun}, {adjective}, no. {item}"
+        items.append((str(item), title, brand, [theme, brand], description))
+    return items
