@@ -60,8 +60,14 @@ class HSTUConfig:
 
     @property
     def block_length(self) -> int:
-        """Positions of the published padded block: the constant denominator and the size of the position tables."""
+        """Positions of the published block: the constant denominator, the size of the position tables."""
         return self.max_sequence_length + OUTPUT_LENGTH
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Channels of gates, values, queries and keys, all heads together."""
+        linear, attention = self.num_heads * self.linear_dim, self.num_heads * self.attention_dim
+        return linear, linear, attention, attention
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -76,38 +82,39 @@ class Tiles:
     `buckets` (int32, flat over row, query, key) are made once and shared by all blocks; None without times.
     """
 
-    def __init__(self, layout: Layout, num_heads: int, times_T: Tensor | None, query_times_T: Tensor | None):
+    def __init__(self, layout: Layout, num_heads: int, times_T: Tensor | None = None, queries_T: Tensor | None = None):
         order_B = layout.lengths_B.argsort(descending=True, stable=True)
-        ranks_B = torch.empty_like(order_B).scatter_(0, order_B, torch.arange(len(order_B), device=order_B.device))
+        ranks_B = order_B.argsort()
         self.layout, self.rows, self.length = layout, len(order_B), layout.max_length
         self.slots_T = ranks_B[layout.rows_T] * self.length + layout.columns_T
         # what stands behind a row's end is any position at all: it is later than the row's queries, so never seen
-        self.sources = self.slots_T.new_zeros(self.rows * self.length).scatter_(
-            0, self.slots_T, torch.arange(len(self.slots_T), device=order_B.device)
-        )
+        self.sources = self.slots_T.new_zeros(self.rows * self.length)
+        self.sources[self.slots_T] = torch.arange(len(self.slots_T), device=order_B.device)
         numbers, queries = (1 << 26, self.length) if order_B.is_cuda else (TILE_NUMBERS, TILE_QUERIES)
-        lengths, self.tiles = layout.lengths_B[order_B].tolist(), []
+        lengths, self.tiles = layout.lengths_B.tolist(), []
         if times_T is not None and len(times_T):
-            times_BL, query_times_BL = (x[self.sources].view(self.rows, -1) for x in (times_T, query_times_T))
+            times_BL, queries_BL = (x[self.sources].view(self.rows, -1) for x in (times_T, queries_T))
         for first in range(0, self.length if len(layout.rows_T) else 0, queries):
             last, reaching = min(first + queries, self.length), sum(length > first for length in lengths)
             step = max(numbers // (num_heads * (last - first) * last), 1)
             for start in range(0, reaching, step):
                 rows, buckets = slice(start, min(start + step, reaching)), None
                 if times_T is not None:
-                    elapsed = query_times_BL[rows, first:last, None] - times_BL[rows, None, :last]
+                    elapsed = queries_BL[rows, first:last, None] - times_BL[rows, None, :last]
                     buckets = time_buckets(elapsed).flatten()
                 self.tiles.append((rows, first, last, buckets))
 
     def pad(self, packed_TC: Tensor, num_heads: int) -> Tensor:
         """Spread packed rows into (B, H, L, C / H), rows by falling length."""
-        block = packed_TC.index_select(0, self.sources).view(self.rows, self.length, num_heads, -1).transpose(1, 2)
-        return block if num_heads == 1 else block.contiguous()
+        return self.heads(packed_TC.index_select(0, self.sources), num_heads)
+
+    def heads(self, block: Tensor, num_heads: int) -> Tensor:
+        """Turn (B * L, C) into a contiguous (B, H, L, C / H)."""
+        return block.view(self.rows, self.length, num_heads, -1).transpose(1, 2).contiguous()
 
     def pack(self, block_BHLD: Tensor) -> Tensor:
         """Take the real positions back out: (B, H, L, D) -> (T, H * D)."""
-        joined = block_BHLD.transpose(1, 2).reshape(self.rows * self.length, -1)
-        return joined.index_select(0, self.slots_T)
+        return block_BHLD.transpose(1, 2).reshape(self.rows * self.length, -1).index_select(0, self.slots_T)
 
 
 class _PointwiseAttention(torch.autograd.Function):
@@ -120,12 +127,9 @@ class _PointwiseAttention(torch.autograd.Function):
         mixed, kept = torch.empty_like(v), []
         for rows, first, last, buckets in tiles.tiles:
             shape = (rows.stop - rows.start, num_heads, last - first, last)
-            scores, bias = q.new_empty(shape), bias_LL[first:last, :last].to(q.dtype).expand(shape)
-            if buckets is None:
-                scores.copy_(bias)
-            else:
-                elapsed = table.to(q.dtype).index_select(0, buckets)
-                torch.add(elapsed.view(-1, 1, last - first, last), bias, out=scores)
+            scores = bias_LL[first:last, :last].to(q.dtype).expand(shape).clone(memory_format=torch.contiguous_format)
+            if buckets is not None:
+                scores += table.to(q.dtype).index_select(0, buckets).view(-1, 1, last - first, last)
             scores = scores.flatten(0, 1).baddbmm_(_tile(q, rows, first, last), _tile(k, rows, 0, last).transpose(1, 2))
             mixed[rows, :, first:last] = torch.bmm(F.silu(scores), _tile(v, rows, 0, last)).view(*shape[:3], -1)
             if wanted:
@@ -140,18 +144,18 @@ class _PointwiseAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         tiles, num_heads = ctx.tiles, ctx.num_heads
         grad = grad_TC.new_zeros(tiles.rows * tiles.length, grad_TC.shape[1]).index_copy_(0, tiles.slots_T, grad_TC)
-        grad = grad.view(tiles.rows, tiles.length, num_heads, -1).transpose(1, 2).contiguous()
+        grad = tiles.heads(grad, num_heads)
         grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
         exact = torch.promote_types(grad.dtype, torch.float32)
         grad_bias_LL = grad.new_zeros(tiles.length, tiles.length, dtype=exact)
         grad_table = None if ctx.table_size is None else grad_bias_LL.new_zeros(ctx.table_size)
         for (rows, first, last, buckets), scores in zip(tiles.tiles, kept, strict=True):
             above = _tile(grad, rows, first, last)
-            _tile(grad_v, rows, 0, last).baddbmm_(F.silu(scores).transpose(1, 2), above)
+            _tile(grad_v, rows, 0, last).add_(torch.bmm(F.silu(scores).transpose(1, 2), above))
             slope = torch.bmm(above, _tile(v, rows, 0, last).transpose(1, 2))
-            slope = torch.ops.aten.silu_backward(slope, scores)
-            _tile(grad_k, rows, 0, last).baddbmm_(slope.transpose(1, 2), _tile(q, rows, first, last))
-            _tile(grad_q, rows, first, last).baddbmm_(slope, _tile(k, rows, 0, last))
+            torch.ops.aten.silu_backward.grad_input(slope, scores, grad_input=slope)
+            _tile(grad_k, rows, 0, last).add_(torch.bmm(slope.transpose(1, 2), _tile(q, rows, first, last)))
+            _tile(grad_q, rows, first, last).copy_(torch.bmm(slope, _tile(k, rows, 0, last)))
             grad_bias_LL[first:last, :last] += slope.sum(0, dtype=exact)
             if buckets is not None:
                 of_heads = slope.view(-1, num_heads, (last - first) * last)
@@ -172,10 +176,8 @@ class HSTULayer(nn.Module):
     def __init__(self, config: HSTUConfig):
         super().__init__()
         self.config = config
-        linear, attention = config.num_heads * config.linear_dim, config.num_heads * config.attention_dim
-        self.widths = (linear, linear, attention, attention)
-        self.project = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
-        self.output = nn.Linear(linear * (3 if config.concat_ua else 1), config.embedding_dim)
+        self.project = nn.Linear(config.embedding_dim, sum(config.widths), bias=False)
+        self.output = nn.Linear(config.widths[0] * (3 if config.concat_ua else 1), config.embedding_dim)
         # distance d behind the newest key is entry N - 1 - d; the later half is never read, but published and counted
         self.distances = nn.Parameter(torch.empty(2 * config.block_length - 1)) if config.position_bias else None
         self.buckets = nn.Parameter(torch.empty(TIME_BUCKETS)) if config.time_bias else None
@@ -191,12 +193,10 @@ class HSTULayer(nn.Module):
 
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
         normed_TD = F.layer_norm(x_TD, x_TD.shape[1:], eps=NORM_EPS)
-        u, v, q, k = F.silu(self.project(normed_TD)).split(self.widths, 1)
+        u, v, q, k = F.silu(self.project(normed_TD)).split(self.config.widths, 1)
         mixed = _PointwiseAttention.apply(q, k, v, self._bias(tiles), self.buckets, tiles, self.config.num_heads)
-        if self.config.denominator == "constant":
-            mixed = mixed / self.config.block_length
-        else:
-            mixed = mixed / tiles.layout.lengths_B[tiles.layout.rows_T, None]
+        by_row = self.config.denominator == "row"
+        mixed = mixed / (tiles.layout.lengths_B[tiles.layout.rows_T, None] if by_row else self.config.block_length)
         a = F.layer_norm(mixed, mixed.shape[1:], eps=NORM_EPS)
         gated = torch.cat([u, a, u * a], 1) if self.config.concat_ua else u * a
         return x_TD + self.output(self.dropout(gated))
@@ -204,10 +204,9 @@ class HSTULayer(nn.Module):
     def _bias(self, tiles: Tiles) -> Tensor:
         """Return the position bias (L, L), a strided view of one table; what is later is `FUTURE`."""
         length, last = tiles.length, self.config.block_length
-        bias_LL = self.project.weight.new_zeros(length, length)
-        if self.distances is not None:
-            bias_LL = self.distances.unfold(0, length, 1)[last - length : last].flip(0)
-        return _causal(bias_LL)
+        if self.distances is None:
+            return _causal(self.project.weight.new_zeros(length, length))
+        return _causal(self.distances.unfold(0, length, 1)[last - length : last].flip(0))
 
 
 def _causal(bias_LL: Tensor) -> Tensor:
@@ -220,11 +219,10 @@ class ToyLayer(nn.Module):
     def __init__(self, config: HSTUConfig):
         super().__init__()
         self.config = config
-        linear, attention = config.num_heads * config.linear_dim, config.num_heads * config.attention_dim
-        self.widths = (linear, linear, attention, attention)
-        self.norm, self.mixed_norm = nn.RMSNorm(config.embedding_dim, eps=1e-5), nn.RMSNorm(linear, eps=1e-5)
-        self.project = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
-        self.output = nn.Linear(linear, config.embedding_dim, bias=False)
+        width, linear = config.embedding_dim, config.widths[0]
+        self.norm, self.mixed_norm = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(linear, eps=1e-5)
+        self.project = nn.Linear(width, sum(config.widths), bias=False)
+        self.output = nn.Linear(linear, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def reset_parameters(self) -> None:
@@ -232,7 +230,7 @@ class ToyLayer(nn.Module):
         nn.init.normal_(self.output.weight, std=0.02 / math.sqrt(2 * self.config.num_blocks))
 
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
-        u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.widths, 1)
+        u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.config.widths, 1)
         q, k = (self._rotated(x, tiles.layout.columns_T) for x in (q / math.sqrt(self.config.attention_dim), k))
         bias_LL = _causal(self.project.weight.new_zeros(tiles.length, tiles.length))
         mixed = _PointwiseAttention.apply(q, k, v, bias_LL, None, tiles, self.config.num_heads)
@@ -240,10 +238,11 @@ class ToyLayer(nn.Module):
 
     def _rotated(self, x_TC: Tensor, positions_T: Tensor) -> Tensor:
         """Turn each pair of channels by its position times 10000 ** (-2 pair / attention_dim)."""
+        exact = torch.promote_types(x_TC.dtype, torch.float32)
         pairs = torch.arange(0, self.config.attention_dim, 2, device=x_TC.device) / self.config.attention_dim
-        angles_T1P = positions_T[:, None, None] * 10_000.0**-pairs
+        angles_T1P = positions_T[:, None, None] * 10_000.0 ** -pairs.to(exact)
         even, odd = x_TC.view(len(x_TC), self.config.num_heads, -1, 2).unbind(3)
-        sine, cosine = angles_T1P.sin().to(x_TC), angles_T1P.cos().to(x_TC)
+        sine, cosine = (x.to(x_TC) for x in (angles_T1P.sin(), angles_T1P.cos()))
         return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], 3).flatten(1)
 
 
@@ -267,10 +266,9 @@ class HSTU(SequenceModel):
         """Draw all weights afresh, items from a normal cut at two deviations, then zero the padding row."""
         for block in self.blocks:
             block.reset_parameters()
-        if self.position_table is None:
-            nn.init.normal_(self.item_table.weight, std=0.02)
-        else:
-            nn.init.trunc_normal_(self.item_table.weight, std=0.02, a=-0.04, b=0.04)
+        cut = math.inf if self.position_table is None else 0.04
+        nn.init.trunc_normal_(self.item_table.weight, std=0.02, a=-cut, b=cut)
+        if self.position_table is not None:
             nn.init.xavier_normal_(self.position_table.weight)
         with torch.no_grad():
             self.item_table.weight[PADDING_ID].zero_()
@@ -280,19 +278,18 @@ class HSTU(SequenceModel):
         return table if self.config.temperature is None else F.normalize(table, dim=-1, eps=1e-6)
 
     def forward(self, items_BL: Tensor, times_BL: Tensor | None = None, requests_B: Tensor | None = None) -> Tensor:
-        """Return the states (T, D), see `SequenceModel.forward`.
+        """Return the states (T, D), see `SequenceModel.forward`; without `times_BL` all elapsed times are zero.
 
-        `times_BL` are the items' unix seconds; without them all elapsed times are zero. `requests_B` are the times of
-        the items to be predicted after the newest ones; by default the newest ones' own.
+        `requests_B` are the times of the items to be predicted after the newest ones; by default the newest ones' own.
         """
         items_BL = newest(items_BL, self.config.max_sequence_length)
         real_BL = items_BL != PADDING_ID
         layout = Layout.of(real_BL)
-        times_T = query_times_T = None
+        times = ()
         if self.reads_times:
             times_T = torch.zeros_like(layout.rows_T) if times_BL is None else times_BL[real_BL]
-            query_times_T = self._query_times(times_T, requests_B, layout)
-        tiles = Tiles(layout, self.config.num_heads, times_T, query_times_T)
+            times = times_T, self._query_times(times_T, requests_B, layout)
+        tiles = Tiles(layout, self.config.num_heads, *times)
         x_TD = self.item_table(items_BL[real_BL]) * math.sqrt(self.config.embedding_dim)
         if self.position_table is not None:
             x_TD = x_TD + self.position_table(layout.columns_T)
@@ -300,9 +297,8 @@ class HSTU(SequenceModel):
         for block in self.blocks if len(x_TD) else ():
             x_TD = block(x_TD, tiles)
         x_TD = self.final_norm(x_TD)
-        if self.config.temperature is not None:
-            x_TD = F.normalize(x_TD, dim=-1, eps=1e-6) / self.config.temperature
-        return x_TD
+        temperature = self.config.temperature
+        return x_TD if temperature is None else F.normalize(x_TD, dim=-1, eps=1e-6) / temperature
 
     def _query_times(self, times_T: Tensor, requests_B: Tensor | None, layout: Layout) -> Tensor:
         if self.config.time_query == "self" or not len(times_T):
