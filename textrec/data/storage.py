@@ -13,12 +13,17 @@ import numpy as np
 MEMORY_LIMIT = "2GB"  # of DuckDB; beyond it, tables spill to the partial folder
 
 
+def write_header(file, dtype, shape: tuple[int, ...]) -> None:
+    """Write the head of a .npy file; NumPy leaves room in it for the first number to grow."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 class ArrayFile:
     """A .npy file of known length that grows by appending; plain writes, as a full disk kills a memory map."""
 
     def __init__(self, file, dtype, length: int):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(file, header)
+        write_header(file, dtype, (length,))
         self.file, self.dtype, self.digest = file, dtype, hashlib.sha256()
 
     def append(self, values: np.ndarray) -> None:

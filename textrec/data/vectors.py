@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from textrec.data.storage import write_header
 from textrec.data.tokenizing import length_sorted_batches
 from textrec.schema import InputError
 
@@ -130,22 +131,16 @@ def _append(path: Path, rows: np.ndarray, at: int) -> None:
                 told = f"the encoder makes vectors of {rows.shape[1]} numbers"
                 raise InputError(f"{told}, {path} holds {shape[1]} a text")
         else:
-            _write_header(file, rows, 0)
+            write_header(file, rows.dtype, (0, *rows.shape[1:]))
         beginning = file.tell()
         file.seek(beginning + at * rows[:1].nbytes)
         file.write(rows.tobytes())
         _synced(file)
         file.seek(0)
-        _write_header(file, rows, at + len(rows))
+        write_header(file, rows.dtype, (at + len(rows), *rows.shape[1:]))
         if file.tell() != beginning:
             raise RuntimeError(f"the header of {path} did not keep its length")
         _synced(file)
-
-
-def _write_header(file, rows: np.ndarray, count: int) -> None:
-    descr = np.lib.format.dtype_to_descr(rows.dtype)
-    header = {"descr": descr, "fortran_order": False, "shape": (count, *rows.shape[1:])}
-    np.lib.format.write_array_header_1_0(file, header)  # NumPy leaves room for the count to grow
 
 
 def _synced(file) -> None:

@@ -55,9 +55,6 @@ class Claim:
         return f"{self.row} {'−' if self.kind == 'ordering' else '/'} {self.over}" if self.over else self.row
 
     def __post_init__(self) -> None:
-        for name in ("paper", "where", "dataset"):
-            if not getattr(self, name):
-                raise InputError(f"claim {self.id} has no `{name}`: a number without its place is no claim")
         for name, known in (("kind", KINDS), ("source", SOURCES)):
             if getattr(self, name) not in known:
                 raise InputError(f"claim {self.id}: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -124,7 +121,7 @@ def _claims_of_group(defaults: dict, group: dict) -> list[Claim]:
     label = f"claims group {group.get('id')}"
     _refuse_unknown(label, group, GROUP_KEYS)
     if missing := [key for key in ("id", "paper", "where", "dataset", "systems") if not group.get(key)]:
-        raise InputError(f"{label} has no `{missing[0]}`")
+        raise InputError(f"{label} has no `{missing[0]}`: a number without its place is no claim")
     names = ("paper", "dataset", "protocol", "accepts", "source", "notebook", "tolerance")
     shared = {name: group[name] for name in names}
     found = []

@@ -127,10 +127,9 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
             earlier = judged.get(verdict.claim.id)
             if earlier is None or earlier.verdict.word == NOT_ATTEMPTED:
                 judged[verdict.claim.id] = Judged(verdict, seeds.get(verdict.claim.row, ()), command(group))
-    for claim in claims.values():
-        if claim.row and claim.id not in judged:
-            reason = f"no record of notebook {claim.notebook} on {claim.dataset}"
-            judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason))
+    for claim in (claim for claim in claims.values() if claim.row and claim.id not in judged):
+        reason = f"no record of notebook {claim.notebook} on {claim.dataset}"
+        judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason))
     return [judged[name] for name, claim in claims.items() if claim.row]
 
 
@@ -213,8 +212,7 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
             "row": name, "changed": row["changed"], "status": row["reason"] or row["status"],
             "seeds": len(row["seeds"]), metric: measured.get("value"), "low": measured.get("low"),
             "high": measured.get("high"), "sd": measured.get("sd"), "difference": mean, "difference_low": low,
-            "difference_high": high, "p_holm": corrected.get(name),
-            "wall_s": row["cost"].get("wall_s"),
+            "difference_high": high, "p_holm": corrected.get(name), "wall_s": row["cost"].get("wall_s"),
         })  # fmt: skip
     return pandas.DataFrame(lines)
 
