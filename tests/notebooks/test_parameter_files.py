@@ -22,6 +22,7 @@ from textrec.study.parameters import (
 from textrec.training import rows, text_rows
 from textrec.training.presets import PRESETS
 from textrec.training.pretraining import PretrainingConfig
+from textrec.training.strategies import STRATEGIES
 from textrec.training.text_rows import TEXT_ROWS
 
 NUMBERS = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
@@ -43,10 +44,15 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
         assert find_recipe(name), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
         assert row in PRESETS or row in TEXT_ROWS or row == "all", f"{row} is no row"
-    if number == "01":  # every setting has a name that its row knows and a value that its configuration accepts
+    if number in ("01", "08"):  # every setting has a name that its row knows and a value that its configuration accepts
         assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
         for row in (values["reference"], *values["rows"]):
             rows._plan(row, SimpleNamespace(num_items=100), values["overrides"])
+    if number == "08":
+        order = [values["reference"], *values["rows"]]
+        assert values["varied"] in order and values["skipped"].keys() <= set(values["rows"])
+        assert {row for pair in values["gates"] for row in pair} <= set(order)
+        assert set(values["tie_rows"]) <= PRESETS.keys() and set(values["strategies"]) <= set(STRATEGIES) - {"auto"}
     if number == "02":
         training, changes = PretrainingConfig(**values["pretraining"]), dict(values["encoder"])
         start = RECFORMERS[changes.pop("preset")] if values["backbone"] == "random" else RECFORMERS["base"]

@@ -102,14 +102,14 @@ def _cell(value: object) -> dict:
 
 
 def _verdicts(judged: Iterable[Judged]) -> dict:
-    columns = ("data set", "row", "metric", "published", "ours", "gap", "seeds", "verdict", "why", "where", "command")
+    columns = ("data set", "row", "metric", "published", "ours", "gap", "seeds", "verdict", "why", "where")
     rows = []
     for entry in judged:
         verdict, claim = entry.verdict, entry.verdict.claim
         ours = {"value": verdict.measured, "low": verdict.low, "high": verdict.high}
         gap = None if verdict.gap is None else {"value": verdict.gap, "text": f"{verdict.gap:+.1%}"}
         rows.append((claim.dataset, claim.subject, claim.metric, {"value": claim.value}, ours, gap, len(entry.seeds),
-                     verdict.word, verdict.reason, f"{claim.paper}: {claim.where}", entry.command))  # fmt: skip
+                     verdict.word, verdict.reason, f"{claim.paper}: {claim.where}"))  # fmt: skip
     return _table(columns, rows)
 
 

@@ -110,7 +110,7 @@ def command(group: Sequence[Record]) -> str:
 
 
 def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Claim] | None = None) -> list[Judged]:
-    """Judge every claim that has a row once, over all seeds, from the records of one scale; the ledger's order.
+    """Judge every claim that has a row once, over all seeds, from the records of one scale; statistics come last.
 
     Levels are judged anew from the rows; an ordering takes its paired difference from the records' `claims`.
     """
@@ -130,7 +130,8 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
     for claim in (claim for claim in claims.values() if claim.row and claim.id not in judged):
         reason = f"no record of notebook {claim.notebook} on {claim.dataset}"
         judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason))
-    return [judged[name] for name, claim in claims.items() if claim.row]
+    known = [judged[name] for name, claim in claims.items() if claim.row]
+    return sorted(known, key=lambda entry: entry.verdict.claim.row == "statistics")
 
 
 def _differences(group: Sequence[Record], claims: Mapping[str, Claim]) -> dict[tuple[str, str, str], tuple]:
