@@ -74,11 +74,19 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
     preset = PRESETS[row]
     if preset.model in CONTROLS:
         return row, None, None
-    config_class = model_class(preset.model).config_class
-    model_names, training_names = ({f.name for f in fields(c)} for c in (config_class, TrainingConfig))
     model_settings = {**preset.model_settings, "num_items": prepared.num_items}
-    training_settings = dict(preset.training_settings)
-    for group in ("all", row):
+    return row, *configurations(row, preset.model, model_settings, preset.training_settings, overrides)
+
+
+def configurations(
+    row: str, model: str, model_settings: Mapping, training_settings: Mapping, overrides: Mapping,
+    groups: Sequence[str] = ("all",),
+) -> tuple[Any, TrainingConfig]:  # fmt: skip
+    """Return the configurations of a model and its training, with the overrides of `groups` and then of the row."""
+    config_class = model_class(model).config_class
+    model_names, training_names = ({f.name for f in fields(c)} for c in (config_class, TrainingConfig))
+    model_settings, training_settings = dict(model_settings), dict(training_settings)
+    for group in (*groups, row):
         for name, value in overrides.get(group, {}).items():
             if name not in model_names | training_names:
                 hint = closest(name, model_names | training_names)
@@ -86,7 +94,7 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
             settings = model_settings if name in model_names else training_settings
             settings[name] = tuple(value) if isinstance(value, list) else value
     try:
-        return row, config_class(**model_settings), TrainingConfig(**training_settings)
+        return config_class(**model_settings), TrainingConfig(**training_settings)
     except (ValueError, TypeError) as error:
         raise InputError(f"row {row!r}: {error}") from error
 
