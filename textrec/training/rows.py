@@ -125,7 +125,7 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
 
     what = row, PRESETS[row].changed, _parameters(model, config, training)
     key = {"fingerprint": prepared.fingerprint, "seed": seed}
-    return cached_row(*what, key, folder / row, _code_files(model), run)
+    return cached_row(*what, key, folder / row, code_files(model), run)
 
 
 def cached_row(
@@ -197,7 +197,7 @@ def model_class(name: str) -> type:
     return {each.__name__: each for each in (SASRec, BERT4Rec, GRU4Rec, HSTU, Llama)}[name]
 
 
-def _code_files(model: str) -> list[Path]:
+def code_files(model: str) -> list[Path]:
     own = _CONTROL_CODE if model in CONTROLS else (f"models/{model.lower()}.py", *_MODEL_CODE)
     return [ROOT / "textrec" / name for name in _SHARED_CODE + own]
 

@@ -1,0 +1,208 @@
+"""The rows of "The Elephant in the Room" (Qu et al. 2024): SASRec and BERT4Rec whose item tables start from vectors.
+
+A row is {sasrec, bert4rec} x a source of vectors, or a `*_finetuned*` or `*_embedder*` row changed in one thing. Each
+is as wide as the vectors (768 in the paper), is ranked over all items, and is laid out on disk as by `rows.py`. The
+training loss is a setting of its own; in `*_faithful` rows the protocol that is to be reported decides it, as
+published. Not brought back: pads that are trained to predict row 0, which then competes in the ranking.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from textrec.data.item_text import item_attributes, item_texts
+from textrec.data.prepared import PreparedSet
+from textrec.data.vectors import text_vectors
+from textrec.models.item_table import attach, transformed
+from textrec.models.pretrained import find_pretrained
+from textrec.paths import ROOT
+from textrec.schema import InputError
+from textrec.seeding import derive_seed, seed_everything
+from textrec.training.rows import RowResult, cached_row, closest, code_files, configurations, model_class
+from textrec.training.text_ranking import TextSet, item_table, weights_digest
+from textrec.training.two_stage import load_pair
+
+SOURCES = {
+    "random": "reference: items start at random",
+    "language_model": "items start from the language model",
+    "pretrained": "items start from the pretrained text model",
+    "finetuned": "items start from the text model finetuned here",
+    "embedder": "items start from a general text embedder",
+}
+_SASREC = {
+    "num_blocks": 2, "num_heads": 1, "norm": "original", "dropout": 0.5, "attention_dropout": 0.5,
+    "max_sequence_length": 50,
+}  # fmt: skip
+_BERT4REC = {
+    "num_blocks": 2, "num_heads": 4, "dropout": 0.1, "attention_dropout": 0.1, "max_sequence_length": 50,
+    "tie_item_table": False, "norm_embedding": False,
+}  # fmt: skip
+_TRAINING = {"learning_rate": 1e-4, "max_epochs": 200, "patience": 10}
+_MASKING = {"objective": "masked_item", "mask_probability": 0.15, "mask_last_probability": 0.09, "batch_size": 256}
+BASES = {  # model, its settings, its training: the published scripts
+    "sasrec": ("SASRec", _SASREC, _TRAINING | {"batch_size": 128, "adam_betas": (0.9, 0.98)}),
+    "bert4rec": ("BERT4Rec", _BERT4REC, _TRAINING | _MASKING),
+}
+COUPLED = {  # what the published SASRec is trained with if this is to be reported
+    "full": {"loss": "full_softmax"},
+    "sampled": {"loss": "gbce", "num_negatives": 1, "reject_history": True},
+}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row: a source of vectors, what is done to them once, and how the model holds them."""
+
+    base: str  # sasrec | bert4rec
+    changed: str
+    source: str = "finetuned"  # one of SOURCES
+    transforms: tuple[str, ...] = ()  # of `transformed`, in order
+    table: Mapping[str, Any] = field(default_factory=dict)  # of `attach`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the model
+    faithful: bool = False
+
+
+def _variants(base: str) -> dict[str, TableRow]:
+    habits = {"settings": {"attend_padding": True}} if base == "sasrec" else {}
+    habits |= {"table": {"freeze": True, "train_mask": False}} if base == "bert4rec" else {}
+    frozen, norm = {"freeze": True}, {"match_norm": True}
+    return {
+        "finetuned_permuted": TableRow(base, "control: vectors exchanged between items", transforms=("permuted",)),
+        "finetuned_random_directions": TableRow(
+            base, "control: random vectors of the same mean and covariance", transforms=("same_covariance",)
+        ),
+        "finetuned_frozen": TableRow(base, "vectors frozen", table=frozen),
+        "finetuned_matched": TableRow(base, "vectors as long as random ones", table=norm),
+        "finetuned_faithful": TableRow(base, "the published code's habits", faithful=True, **habits),
+        "embedder_whitened": TableRow(base, "embedder's vectors, whitened", "embedder", ("whitened",)),
+        "embedder_experts": TableRow(
+            base, "embedder's vectors frozen, whitening and experts above (UniSRec)", "embedder",
+            table=frozen | {"adaptor": "experts"},
+        ),
+        "embedder_plus_ids": TableRow(
+            base, "embedder's vectors frozen, through a layer, beside ids", "embedder",
+            table=frozen | {"adaptor": "linear", "add_ids": True},
+        ),
+        "narrow": TableRow(base, "64 wide, items start at random", "random", settings={"embedding_dim": 64}),
+        "narrow_pca": TableRow(base, "64 wide, principal components", transforms=("pca",),
+                               settings={"embedding_dim": 64}),
+        "narrow_projected": TableRow(base, "64 wide, vectors frozen, through a layer",
+                                     table=frozen | {"adaptor": "linear"}, settings={"embedding_dim": 64}),
+    }  # fmt: skip
+
+
+TABLE_ROWS: dict[str, TableRow] = {
+    f"{base}_{name}": row
+    for base in BASES
+    for name, row in ({s: TableRow(base, changed, s) for s, changed in SOURCES.items()} | _variants(base)).items()
+}
+
+
+def run_table_rows(
+    rows: Sequence[str], prepared: PreparedSet, tables: Mapping[str, Tensor], *, seed: int, run_dir: Path,
+    device: str = "cpu", overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    skipped: Mapping[str, str] | None = None, progress: bool = False, evaluation: str = "full",
+) -> list[RowResult]:  # fmt: skip
+    """Run the named rows of `TABLE_ROWS`; finished ones are read back, a broken one is a result with its reason.
+
+    `tables` maps sources to item vectors (I + 1, E), row 0 zero, all of one width except the embedder's. `overrides`
+    maps "all", a base or a row to settings of its model or training; `skipped` maps a row to the reason why it is not
+    run. `evaluation` (full | sampled) is what is to be reported: it changes the loss of faithful rows and nothing else.
+    Raises `InputError` for an unknown row or setting, and for a row whose vectors are not among the tables.
+    """
+    overrides, skipped = overrides or {}, skipped or {}
+    for row in (*rows, *(set(overrides) - {"all", *BASES}), *skipped):
+        if row not in TABLE_ROWS or row not in rows:
+            raise InputError(f"row {row!r} is unknown{closest(row, TABLE_ROWS)}; expected one of {sorted(TABLE_ROWS)}")
+        if TABLE_ROWS[row].source not in ("random", *tables) and row not in skipped:
+            raise InputError(f"row {row!r} needs the vectors {TABLE_ROWS[row].source!r} among {sorted(tables)}")
+    results = []
+    for row in rows:
+        preset, (config, training) = TABLE_ROWS[row], plan(row, prepared.num_items, tables, overrides, evaluation)
+        model = BASES[preset.base][0]
+        told = {"model": model, "source": preset.source, "transforms": preset.transforms, "table": dict(preset.table)}
+        parameters = json.loads(json.dumps(told | asdict(config) | asdict(training)))
+        if row in skipped:
+            results.append(RowResult(row, preset.changed, parameters, "not_attempted", skipped[row]))
+            continue
+        given, folder = tables.get(preset.source), Path(run_dir) / "rows" / row
+        key = {"fingerprint": prepared.fingerprint, "seed": seed, "vectors": None}
+        if given is not None:
+            key["vectors"] = hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        code = [*code_files(model), ROOT / "textrec" / "models" / "item_table.py"]
+        run = partial(_ranked, preset, config, training, prepared, given, seed, folder, device, progress)
+        results.append(cached_row(row, preset.changed, parameters, key, folder, code, run))
+    return results
+
+
+def plan(
+    row: str, num_items: int, tables: Mapping[str, Tensor], overrides: Mapping[str, Mapping], evaluation: str = "full"
+) -> tuple[Any, Any]:
+    """Return the complete configurations of a row's model and training: as wide as the text model's vectors."""
+    if evaluation not in COUPLED:
+        raise InputError(f"evaluation={evaluation!r}: expected full or sampled")
+    preset = TABLE_ROWS[row]
+    model, model_settings, training_settings = BASES[preset.base]
+    sources = (preset.source, "finetuned", "pretrained", "language_model", "embedder")
+    width = next((tables[source].shape[1] for source in sources if source in tables), 768)
+    model_settings = model_settings | {"num_items": num_items, "embedding_dim": width} | dict(preset.settings)
+    coupled = COUPLED[evaluation] if preset.faithful and preset.base == "sasrec" else {}
+    groups = ("all", preset.base)
+    return configurations(row, model, model_settings, training_settings | coupled, overrides, groups)
+
+
+def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, device, progress):
+    """Return the test ranks, the curve, and what earlier runs spent on it: tokens, seconds."""
+    from textrec.training.trainer import evaluate, fit
+
+    seed_everything(seed)
+    model = model_class(BASES[preset.base][0])(config)
+    if given is not None:
+        seeded = {"seed": derive_seed(seed, *preset.transforms), "width": config.embedding_dim}
+        model = attach(model, transformed(given.cpu(), preset.transforms, **seeded), **preset.table)
+    fitted = fit(model, prepared, training, seed=seed, folder=folder, device=device, progress=progress)
+    return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
+
+
+def text_tables(
+    texts: TextSet, language_model: nn.Module, pretrained: nn.Module, pair: Path, *, folder: Path | None = None,
+    faithful: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the three tables of a text model: before pretraining, after it, and finetuned on the set of `texts`.
+
+    Unit vectors (I + 1, E), kept in `folder` under the hash of the weights and the item's tokens and encoded once; the
+    published ones are not normalised. `pair` is the `best.safetensors` of a first stage: its model M' encodes the
+    items. `faithful` takes the table I' beside it, which is one epoch older than M'.
+    """
+    finetuned = copy.deepcopy(pretrained)
+    stale_ID = load_pair(pair, finetuned)
+    encoders = {"language_model": language_model, "pretrained": pretrained, "finetuned": finetuned}
+    if faithful:
+        del encoders["finetuned"]
+    tables = {name: item_table(encoder, texts, folder=folder).cpu() for name, encoder in encoders.items()}
+    return tables | ({"finetuned": stale_ID} if faithful else {})
+
+
+def embedder_table(name: str, prepared: PreparedSet, *, folder: Path, device: str = "cpu") -> Tensor:
+    """Return the unit vectors (I + 1, E) that a sentence embedder (see `find_pretrained`) makes of the item texts."""
+    from sentence_transformers import SentenceTransformer
+
+    embedder = SentenceTransformer(str(find_pretrained(name)), device=device)
+
+    def encode(batch: list[str]) -> np.ndarray:
+        return embedder.encode(batch, batch_size=len(batch), normalize_embeddings=True, show_progress_bar=False)
+
+    texts, encoder = list(item_texts(item_attributes(prepared.catalogue))), weights_digest(embedder[0].auto_model)
+    how = {"max_tokens": embedder.max_seq_length, "pooling": "the model's own, unit norm"}
+    vectors = text_vectors(texts, encode, folder=folder, encoder=encoder, **how)
+    return F.pad(torch.from_numpy(np.asarray(vectors)), (0, 0, 1, 0))
