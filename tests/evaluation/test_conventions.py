@@ -86,3 +86,21 @@ def test_the_table_of_conventions():
 def test_more_negatives_than_items_are_refused():
     with pytest.raises(ValueError, match="num_negatives=100, but a user has 9"):
         expected_sampled_metrics(counts([0], [0], [10]), 100)
+
+
+def test_many_users_with_many_ties_share_their_sums():
+    """A control ties a target with most of a catalogue: memory must not hold users x items."""
+    import tracemalloc
+
+    rng, users, items = np.random.default_rng(0), 20_000, 3_000
+    higher_U = rng.integers(0, 50, users)
+    candidates_U = items - rng.integers(0, 5, users)
+    counts = Counts(higher_U, candidates_U - 1 - higher_U, candidates_U)
+    tracemalloc.start()
+    found = expected_sampled_metrics(counts, 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6  # bytes; eight for each user and item would be 480 MB
+    few = np.unique(candidates_U, return_index=True)[1]
+    alone = expected_sampled_metrics(Counts(higher_U[few], counts.ties_U[few], candidates_U[few]), 100)
+    assert np.abs(found["ndcg@10"][few] - alone["ndcg@10"]).max() < 1e-9
