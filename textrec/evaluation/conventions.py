@@ -48,17 +48,31 @@ def expected_sampled_metrics(
         raise ValueError(
             f"num_negatives={num_negatives}, but a user has {counts.candidates_U.min() - 1} other candidates"
         )
-    ranks_U = counts.ties_U + 1
-    starts_U = np.cumsum(ranks_U) - ranks_U
-    higher_R = np.arange(ranks_U.sum()) - np.repeat(starts_U - counts.higher_U, ranks_U)
-    cases, case_R = np.unique(
-        higher_R * (counts.candidates_U.max() + 1) + np.repeat(counts.candidates_U, ranks_U), return_inverse=True
+    log_factorials = _log_factorials(int(counts.candidates_U.max()))
+    columns = [f"recall@{k}" for k in ks] + [f"ndcg@{k}" for k in ks]
+    values_UM = np.empty((len(counts.higher_U), len(columns)))
+    for candidates in np.unique(counts.candidates_U):  # so many users as there are, so few sizes of a catalogue
+        users = np.flatnonzero(counts.candidates_U == candidates)
+        first_U, last_U = counts.higher_U[users], counts.higher_U[users] + counts.ties_U[users]
+        if counts.ties_U[users].any():  # users share the sums over all places that their targets could have
+            higher_P = np.arange(first_U.min(), last_U.max() + 1)
+            sums_PM = np.cumsum(_expected(higher_P, candidates, num_negatives, ks, log_factorials), axis=0)
+            sums_PM = np.concatenate([np.zeros((1, len(columns))), sums_PM])
+            values_UM[users] = sums_PM[last_U - higher_P[0] + 1] - sums_PM[first_U - higher_P[0]]
+            values_UM[users] /= (last_U - first_U + 1)[:, None]
+        else:
+            higher_P, place_U = np.unique(first_U, return_inverse=True)
+            values_UM[users] = _expected(higher_P, candidates, num_negatives, ks, log_factorials)[place_U]
+    return dict(zip(columns, values_UM.T, strict=True))
+
+
+def _expected(higher_P, candidates: int, drawn: int, ks: Sequence[int], log_factorials: np.ndarray) -> np.ndarray:
+    """Return recall and ndcg at each of `ks` (P, 2 x ks) where h of the other candidates are above the target."""
+    table_PX = np.stack(
+        [_hypergeometric(x, higher_P, candidates - 1, drawn, log_factorials) for x in range(max(ks))], axis=1
     )
-    higher_P, candidates_P = np.divmod(cases, counts.candidates_U.max() + 1)
-    table = np.stack([_hypergeometric(x, higher_P, candidates_P - 1, num_negatives) for x in range(max(ks))], axis=1)
     gains = 1 / np.log2(np.arange(2, max(ks) + 2))
-    values = {f"recall@{k}": table[:, :k].sum(1) for k in ks} | {f"ndcg@{k}": table[:, :k] @ gains[:k] for k in ks}
-    return {name: np.add.reduceat(values_P[case_R], starts_U) / ranks_U for name, values_P in values.items()}
+    return np.stack([table_PX[:, :k].sum(1) for k in ks] + [table_PX[:, :k] @ gains[:k] for k in ks], axis=1)
 
 
 def rosetta(ranks: Ranks, k: int = 10) -> dict[str, dict[str, float]]:
@@ -78,15 +92,18 @@ def rosetta(ranks: Ranks, k: int = 10) -> dict[str, dict[str, float]]:
     return conventions
 
 
-def _hypergeometric(x: int, higher_P: np.ndarray, others_P: np.ndarray, drawn: int) -> np.ndarray:
+def _log_factorials(largest: int) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])
+
+
+def _hypergeometric(x: int, higher_P, others: int, drawn: int, log_factorials: np.ndarray) -> np.ndarray:
     """Return the probability that exactly x of `drawn` others are above the target."""
-    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, others_P.max() + 1)))])
 
-    def log_choose(n: np.ndarray, k: int) -> np.ndarray:
-        return log_factorials[n] - log_factorials[k] - log_factorials[np.maximum(n - k, 0)]
+    def log_choose(n, k) -> np.ndarray:
+        possible = (k >= 0) & (k <= n)
+        chosen = np.where(possible, k, 0)
+        found = log_factorials[n] - log_factorials[chosen] - log_factorials[n - chosen]
+        return np.where(possible, found, -np.inf)
 
-    lower_P = others_P - higher_P
-    possible_P = (x <= higher_P) & (drawn - x <= lower_P) & (x <= drawn)
-    rest = max(drawn - x, 0)
-    logarithm_P = log_choose(higher_P, x) + log_choose(lower_P, rest) - log_choose(others_P, drawn)
-    return np.where(possible_P, np.exp(np.where(possible_P, logarithm_P, 0.0)), 0.0)
+    ways = log_choose(higher_P, x) + log_choose(others - higher_P, drawn - x)
+    return np.exp(ways - log_choose(np.asarray(others), drawn))
