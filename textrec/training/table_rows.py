@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from textrec.data.item_text import item_attributes, item_texts
 from textrec.data.prepared import PreparedSet
 from textrec.data.vectors import text_vectors
 from textrec.models.item_table import attach, transformed
 from textrec.models.pretrained import find_pretrained
+from textrec.models.recformer import RecFormer
 from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, seed_everything
@@ -174,23 +175,24 @@ def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, d
     return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
 
 
-def text_tables(
-    texts: TextSet, language_model: nn.Module, pretrained: nn.Module, pair: Path, *, folder: Path | None = None,
-    faithful: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Return the three tables of a text model: before pretraining, after it, and finetuned on the set of `texts`.
-
-    Unit vectors (I + 1, E), kept in `folder` under the hash of the weights and the item's tokens and encoded once; the
-    published ones are not normalised. `pair` is the `best.safetensors` of a first stage: its model M' encodes the
-    items. `faithful` takes the table I' beside it, which is one epoch older than M'.
-    """
+def text_encoders(language_model: RecFormer, pretrained: RecFormer, pair: Path) -> dict[str, RecFormer]:
+    """Return the encoders of a text model's three tables; `pair` is what a finetuning of `pretrained` has saved."""
     finetuned = copy.deepcopy(pretrained)
-    stale_ID = load_pair(pair, finetuned)
-    encoders = {"language_model": language_model, "pretrained": pretrained, "finetuned": finetuned}
-    if faithful:
-        del encoders["finetuned"]
-    tables = {name: item_table(encoder, texts, folder=folder).cpu() for name, encoder in encoders.items()}
-    return tables | ({"finetuned": stale_ID} if faithful else {})
+    load_pair(pair, finetuned)
+    return {"language_model": language_model.eval(), "pretrained": pretrained.eval(), "finetuned": finetuned.eval()}
+
+
+def text_tables(
+    encoders: Mapping[str, RecFormer], texts: TextSet, *, folder: Path | None = None, stale: Path | None = None
+) -> dict[str, Tensor]:
+    """Return the item vectors (I + 1, E) that encoders make of a set: of unit norm, where the published ones are not.
+
+    They are kept in `folder` under the hash of the weights and of the items' tokens, and encoded once. The finetuned
+    ones are those of the saved weights M'; `stale` names the pair whose own I', one epoch older, is published instead.
+    """
+    fresh = [name for name in encoders if stale is None or name != "finetuned"]
+    tables = {name: item_table(encoders[name], texts, folder=folder).cpu() for name in fresh}
+    return tables | ({"finetuned": load_pair(stale, copy.deepcopy(encoders["finetuned"]))} if stale else {})
 
 
 def embedder_table(name: str, prepared: PreparedSet, *, folder: Path, device: str = "cpu") -> Tensor:
