@@ -12,7 +12,10 @@ CORE_ORDERS = ("together", "users_first", "items_first")
 
 
 class FilterSteps:
-    """Applies conditions to the table `log` one after the other and keeps `{"step", users, items, interactions}`."""
+    """Applies conditions to the table `log` one after the other and keeps `{"step", users, items, interactions}`.
+
+    `fewest` are the interactions of the user and of the item (`u`, `i`) that have the fewest after the last step.
+    """
 
     def __init__(self, connection, progress: Callable[[str], None] = lambda sentence: None):
         self.connection = connection
@@ -29,11 +32,14 @@ class FilterSteps:
 
     def record(self, step: str) -> None:
         """Record the counts of the table as it is; an empty table is the user's mistake."""
-        row = self.connection.execute("SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM log").fetchall()[0]
-        counts = dict(zip(("users", "items", "interactions"), row, strict=True))
-        self.counts.append({"step": step, **counts})
-        self._progress(f"{step}: {row[0]:,} users, {row[1]:,} items, {row[2]:,} interactions")
-        if not counts["interactions"]:
+        query = "SELECT count(*), min(n), coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM log GROUP BY {})"
+        (users, fewest_u, _), (items, fewest_i, rows) = (
+            self.connection.execute(query.format(column)).fetchall()[0] for column in ("u", "i")
+        )
+        self.fewest = {"u": fewest_u, "i": fewest_i}
+        self.counts.append({"step": step, "users": users, "items": items, "interactions": int(rows)})
+        self._progress(f"{step}: {users:,} users, {items:,} items, {rows:,} interactions")
+        if not rows:
             raise InputError(f"no interaction is left after the step {step!r}: loosen the choices or check the source")
 
 
@@ -66,13 +72,8 @@ def keep_core(steps: FilterSteps, *, min_user: int, min_item: int, order: str, r
     conditions = {"together": [" AND ".join(kept)], "users_first": kept, "items_first": kept[::-1]}[order]
     named = ", ".join(f"{'users' if column == 'u' else 'items'} >= {k}" for column, k in minima)
     passes = 0
-    while minima and (passes == 0 or (repeat and _some_lack(steps.connection, minima))):
+    while minima and (passes == 0 or (repeat and any(steps.fewest[column] < k for column, k in minima))):
         passes += 1
         for condition in conditions:
             name = f"interactions of {named}" + (f", pass {passes}" if repeat else "")
             steps.keep(name, f"SELECT * FROM log WHERE {condition}")
-
-
-def _some_lack(connection, minima: list[tuple[str, int]]) -> bool:
-    lacking = "SELECT 1 FROM log GROUP BY {} HAVING count(*) < {} LIMIT 1"
-    return any(connection.execute(lacking.format(column, k)).fetchall() for column, k in minima)

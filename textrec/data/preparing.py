@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from textrec.data import filtering, splitting
 from textrec.data.catalogue import build_catalogue, list_items
 from textrec.data.choices import Choices, closest, matching
-from textrec.data.files import naming_full_disk, remove_partials
+from textrec.data.files import naming_full_disk, remove_partials, unpacking
 from textrec.data.histories import Histories
 from textrec.data.prepared import PreparedSet
 from textrec.data.reading import complete_times, natural, read_interactions, readable
@@ -167,8 +168,9 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     tell(f"reading {where}")
     with readable(files):
         tables = reader(connection, files, **recipe.options)
-        read_interactions(connection, tables, where, choices)
-        texts = list_items(connection, tables.items, all_items=choices.catalogue == "all") if tables.items else None
+        with unpacking(tables.pipes):
+            read_interactions(connection, tables, where, choices)
+            texts = list_items(connection, tables.items, all_items=choices.catalogue == "all") if tables.items else None
     has_times = complete_times(connection, choices, where, tables.first_line)
     steps = filtering.FilterSteps(connection, tell)
     order = _order(choices, has_times)
@@ -236,13 +238,14 @@ def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
 
 def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
     """Give users and items their internal ids and build the catalogue."""
-    connection.execute("""CREATE TABLE kept_users AS SELECT u, user,
-        CAST(row_number() OVER (ORDER BY u) - 1 AS INTEGER) AS textrec_number FROM users SEMI JOIN log USING (u)""")
+    connection.execute("""CREATE TABLE kept_users AS SELECT u, user, n
+        FROM users JOIN (SELECT u, count(*) AS n FROM log GROUP BY u) USING (u)""")
     candidates = "SELECT item FROM source_items SEMI JOIN candidate_ids USING (i)"
     if choices.catalogue == "all" and texts is not None:
         candidates += " UNION SELECT item FROM listed WHERE item IS NOT NULL"
-    connection.execute(f"""CREATE TABLE kept_items AS SELECT item,
-        CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS textrec_number FROM ({candidates})""")
+    connection.execute(f"""CREATE TABLE kept_items AS SELECT item, i,
+        CAST(row_number() OVER (ORDER BY {natural("item")}) AS INTEGER) AS textrec_number
+        FROM ({candidates}) LEFT JOIN source_items USING (item)""")
     return build_catalogue(
         connection, texts, duplicate_items=choices.duplicate_items, unknown_items=choices.unknown_items
     )
@@ -250,26 +253,28 @@ def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
 
 def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
     """Write `items.npy`, `times.npy` and `offsets.npy` batch by batch; return their sha256."""
-    lengths = connection.execute("SELECT count(*) AS n FROM log GROUP BY u ORDER BY u").fetchnumpy()["n"]
+    lengths = connection.execute("SELECT n FROM kept_users ORDER BY u").fetchnumpy()["n"]
     offsets_U1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "offsets.npy", offsets_U1)
     total = int(offsets_U1[-1])
     terms = ", ".join(f"log.{term}" for term in order.split(", "))
     seconds = "CAST(floor(coalesce(log.time, 0)) AS BIGINT)"
-    ordered = connection.sql(f"""SELECT textrec_number AS item, {seconds} AS time FROM log
-        JOIN source_items USING (i) JOIN kept_items USING (item) ORDER BY u, {terms}""")
+    connection.execute(f"""CREATE TABLE ordered AS SELECT textrec_number AS item, {seconds} AS time
+        FROM log JOIN kept_items USING (i) ORDER BY u, {terms}""")
     items_path, times_path = folder / "items.npy", folder / "times.npy"
     with array_file(items_path, np.int32, total) as items, array_file(times_path, np.int64, total) as times:
-        for batch in ordered.to_arrow_reader(BATCH_ROWS):
-            items.append(np.from_dlpack(batch.column("item")))
-            times.append(np.from_dlpack(batch.column("time")))
+        for start in range(0, total, BATCH_ROWS):
+            rows = f"rowid >= {start} AND rowid < {start + BATCH_ROWS} ORDER BY rowid"
+            batch = connection.execute(f"SELECT item, time FROM ordered WHERE {rows}").fetchnumpy()
+            items.append(batch["item"])
+            times.append(batch["time"])
     digests = {"items": items.digest, "times": times.digest, "offsets": hashlib.sha256(offsets_U1.tobytes())}
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _write_tables(connection, folder: Path) -> dict[str, str]:
     """Write `users.parquet` and `catalogue.parquet`; return the sha256 of external ids and of the texts."""
-    users = "SELECT user FROM kept_users ORDER BY textrec_number"
+    users = "SELECT user FROM kept_users ORDER BY u"
     catalogue = "SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number"
     for query, name in ((users, "users"), (catalogue, "catalogue")):
         connection.execute(f"COPY ({query}) TO {literal(folder / f'{name}.parquet')} (FORMAT parquet)")
@@ -283,5 +288,5 @@ def _digest(connection, query: str) -> str:
     digest = hashlib.sha256()
     connection.execute(query)
     while rows := connection.fetchmany(BATCH_ROWS // 10):
-        digest.update("".join(f"{row[0]}\n" for row in rows).encode())
+        digest.update(("\n".join(map(itemgetter(0), rows)) + "\n").encode())
     return digest.hexdigest()

@@ -10,44 +10,55 @@ from textrec.data.choices import Choices
 from textrec.data.sources import Tables
 from textrec.schema import InputError
 
+NUMBER = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
+EXPECTED = {"user": "a user id", "item": "an item id", "time": "unix seconds or a blank", "rating": "a number or a blank"}
+
 
 def read_interactions(connection, tables: Tables, where, choices: Choices) -> None:
     """Create `users`, `source_items` and the typed table `log` (u, i, time, row, rating, tie); refuse wrong values.
 
     The number of a row is DuckDB's own, which keeps the order of the file: a window function would take one core only.
-    Ratings are read where a choice needs them.
+    Ratings and ties are there where a choice needs them.
     """
-    used = {"user", "item", "time", *(["rating"] if choices.min_rating is not None else [])}
-    used &= set(connection.sql(tables.interactions).columns)
-    columns = ("user", "item", "time", "rating")
-    texts = {name: f"trim(CAST({name} AS VARCHAR))" if name in used else "NULL" for name in columns}
-    number = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
-    time, rating = (number.format(texts[name]) for name in ("time", "rating"))
-    connection.execute(f"""CREATE TABLE typed AS
-        SELECT {texts["user"]} AS user, {texts["item"]} AS item, {time} AS time, {rating} AS rating,
-            CASE WHEN {texts["time"]} <> '' AND {time} IS NULL THEN {texts["time"]} END AS bad_time,
-            CASE WHEN {texts["rating"]} <> '' AND {rating} IS NULL THEN {texts["rating"]} END AS bad_rating
-        FROM ({tables.interactions})""")
-    for column, condition, expected in (
-        ("user", "user IS NULL OR user = ''", "a user id"),
-        ("item", "item IS NULL OR item = ''", "an item id"),
-        ("bad_time", "bad_time IS NOT NULL", "unix seconds or a blank"),
-        ("bad_rating", "bad_rating IS NOT NULL", "a number or a blank"),
-    ):
-        first = f"SELECT rowid, {column} FROM typed WHERE {condition} ORDER BY rowid LIMIT 1"
-        for row, value in connection.execute(first).fetchall():
-            label = column.removeprefix("bad_")
-            place = f"{where}, line {row + tables.first_line}"
-            raise InputError(f"{place}: the {label} is {value or ''!r}; expected {expected}")
+    wanted = ["user", "item", "time", *(["rating"] if choices.min_rating is not None else [])]
+    given = connection.sql(tables.interactions).columns
+    texts = ", ".join(f"CAST({name if name in given else 'NULL'} AS VARCHAR) AS {name}" for name in wanted)
+    connection.execute(f"CREATE TABLE source AS SELECT {texts} FROM ({tables.interactions})")
     for table, column, short in (("users", "user", "u"), ("source_items", "item", "i")):
-        connection.execute(f"""CREATE TABLE {table} AS
-            SELECT {column}, CAST(row_number() OVER (ORDER BY {natural(column)}) - 1 AS INTEGER) AS {short}
-            FROM (SELECT DISTINCT {column} FROM typed)""")
-    hashed = "md5(user || chr(31) || item || chr(31) || coalesce(CAST(time AS VARCHAR), ''))"
-    tie = hashed if choices.time_tie_rule == "hash" else "NULL"
-    connection.execute(f"""CREATE TABLE log AS SELECT u, i, time, typed.rowid AS row, rating, {tie} AS tie
-        FROM typed JOIN users USING (user) JOIN source_items USING (item)""")
-    connection.execute("DROP TABLE typed")
+        _number_ids(connection, table, column, short)
+    columns = [f"{NUMBER.format(name)} AS {name}" for name in wanted[2:]]
+    if choices.time_tie_rule == "hash":
+        time = f"coalesce(CAST({NUMBER.format('time')} AS VARCHAR), '')"
+        columns.append(f"md5(user || chr(31) || item || chr(31) || {time}) AS tie")
+    connection.execute(f"""CREATE TABLE log AS SELECT u, i, source.rowid AS row, {", ".join(columns)}
+        FROM source JOIN users USING (user) JOIN source_items USING (item)""")
+    for column in wanted:
+        _refuse_wrong(connection, column, where, tables.first_line)
+    connection.execute("DROP TABLE source")
+
+
+def _refuse_wrong(connection, column: str, where, first_line: int) -> None:
+    """Name the first row without an id, or with a `column` that is neither a number nor blank."""
+    wrong, number = f"{column} IS NULL OR {column} = ''", NUMBER.format(column)
+    if column in ("time", "rating"):
+        if not connection.execute(f"SELECT 1 FROM log WHERE {column} IS NULL LIMIT 1").fetchall():
+            return
+        wrong = f"{number} IS NULL AND trim({column}) <> ''"
+    query = f"SELECT rowid, trim({column}) FROM source WHERE {wrong} ORDER BY rowid LIMIT 1"
+    for row, value in connection.execute(query).fetchall():
+        told = f"{where}, line {row + first_line}: the {column} is {value or ''!r}"
+        raise InputError(f"{told}; expected {EXPECTED[column]}")
+
+
+def _number_ids(connection, table: str, column: str, short: str) -> None:
+    """Create the table of a column's distinct ids in their order; the spaces around ids, where any has some, go."""
+    numbered = f"""CREATE OR REPLACE TABLE {table} AS
+        SELECT {column}, CAST(row_number() OVER (ORDER BY {natural(column)}) - 1 AS INTEGER) AS {short}
+        FROM (SELECT DISTINCT {column} FROM source)"""
+    connection.execute(numbered)
+    if connection.execute(f"SELECT 1 FROM {table} WHERE {column} <> trim({column}) LIMIT 1").fetchall():
+        connection.execute(f"UPDATE source SET {column} = trim({column})")
+        connection.execute(numbered)
 
 
 def natural(column: str) -> str:
