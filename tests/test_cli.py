@@ -131,15 +131,15 @@ class Shelf:
     name = "shelf"
     users = pd.Series(["anna", "ben"])
     catalogue = pd.DataFrame({"item": ["a", "b", "c", "d"], "title": ["Ant", "Bee", "Cat", "Dog"]})
-    histories = Histories(np.array([1, 2, 4], dtype=np.int32), np.zeros(3, dtype=np.int64), np.array([0, 2, 3]))
+    histories = Histories(np.array([1, 2, 4], dtype=np.int32), np.array([10, 20, 30]), np.array([0, 2, 3]))
 
 
 def test_a_history_is_named_by_user_or_by_items():
     items = Shelf.catalogue["item"]
-    assert cli.history_of(Shelf, "anna", None, items) == [1, 2]
-    assert cli.history_of(Shelf, "ben", None, items) == [4]
-    assert cli.history_of(Shelf, None, ["d", "a"], items) == [4, 1]
-    assert cli.history_of(Shelf, None, ["new", "a"], [*items, "new"]) == [5, 1]
+    assert cli.history_of(Shelf, "anna", None, items) == ([1, 2], [10, 20])
+    assert cli.history_of(Shelf, "ben", None, items) == ([4], [30])
+    assert cli.history_of(Shelf, None, ["d", "a"], items) == ([4, 1], [])
+    assert cli.history_of(Shelf, None, ["new", "a"], [*items, "new"]) == ([5, 1], [])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,33 @@ def test_recommended_items_carry_titles_and_are_not_of_the_history(monkeypatch, 
     assert all(len(line.split()) > 2 for line in lines)
     scores = [float(line.split()[0]) for line in lines]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_the_time_of_a_request_is_told_to_a_row_that_reads_times(monkeypatch, capsys, run_dir):
+    import torch
+
+    from textrec.models.hstu import HSTU, HSTUConfig
+
+    torch.manual_seed(0)
+    model = HSTU(HSTUConfig(num_items=60))
+    with torch.no_grad():
+        for block in model.blocks:  # the clock decides: a minute and a year read the history differently
+            block.buckets.uniform_(-5, 5)
+    model.save_pretrained(run_dir / "rows" / "hstu" / "model")
+    words, told = ["recommend", "--run", str(run_dir), "--user"], {}
+    user = str(prepared_users("synthetic").iloc[0])
+    for at in (None, "1", "31536000"):
+        assert run_main(monkeypatch, *words, user, "--row", "hstu", *(["--at", at] if at else [])) == 0
+        told[at] = capsys.readouterr().out
+    assert len(set(told.values())) == 3
+    assert run_main(monkeypatch, *words, user, "--row", "sasrec_ce", "--at", "1") == 2
+    assert "--at 1: expected a row that reads times" in capsys.readouterr().err
+
+
+def prepared_users(name):
+    from textrec.data.preparing import prepare
+
+    return prepare(name).users
 
 
 def test_new_items_are_recommended_by_their_texts_and_marked(monkeypatch, capsys, run_dir, tmp_path):

@@ -188,8 +188,11 @@ def recommend(
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Items of the history may come back.")] = False,
     items: Annotated[Path | None, typer.Option(help="Your own file, for a row that reads texts.")] = None,
+    at: Annotated[int | None, typer.Option(help="Time of the request, unix seconds; else the newest item's.")] = None,
 ) -> None:
     """Print the best next items with titles. For a user of the set, or any history; --items adds new ones.
+
+    A row that reads times, such as hstu, is told those of a user of the set and, with --at, that of the request.
 
     \b
     Examples:
@@ -218,8 +221,11 @@ def recommend(
         from textrec.models.sequence_model import SequenceModel
 
         model = SequenceModel.from_pretrained(folder / "model")
-    past = history_of(prepared, user, history, catalogue["item"])
-    for item, score in model.recommend(past, k, filter_seen=not keep_seen):
+    past, times = history_of(prepared, user, history, catalogue["item"])
+    told = {"times": times, "request_time": at} if times and getattr(model, "reads_times", False) else {}
+    if at is not None and not told:
+        raise InputError(f"--at {at}: expected a row that reads times, and --user, whose times the set knows")
+    for item, score in model.recommend(past, k, filter_seen=not keep_seen, **told):
         entry, mark = catalogue.iloc[item - 1], "  (new)" if item > prepared.num_items else ""
         typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}{mark}")
 
@@ -274,8 +280,8 @@ def bench(names: Annotated[list[str] | None, typer.Argument(help="Only these.")]
     raise typer.Exit(any(codes))
 
 
-def history_of(prepared, user: str | None, history: list[str] | None, items) -> list[int]:
-    """Return item ids, oldest first, from a user's external id or from external ids of `items`, row k being k + 1."""
+def history_of(prepared, user: str | None, history: list[str] | None, items) -> tuple[list[int], list[int]]:
+    """Return item ids, oldest first, of a user or of external ids of `items` (row k is k + 1), and a user's times."""
     if (user is None) == (not history):
         raise InputError("name either --user or --history")
     if user is not None:
@@ -283,12 +289,14 @@ def history_of(prepared, user: str | None, history: list[str] | None, items) -> 
         if not len(rows):
             raise InputError(f"--user {user!r} is no user of {prepared.name}")
         start, end = prepared.histories.offsets_U1[rows[0] : rows[0] + 2]
-        return prepared.histories.items_E[start:end].tolist()
+        return tuple(
+            values_E[start:end].tolist() for values_E in (prepared.histories.items_E, prepared.histories.times_E)
+        )
     ids = {external: row + 1 for row, external in enumerate(items)}
     for external in history:
         if external not in ids:
             raise InputError(f"--history names {external!r}, which is no item of {prepared.name}")
-    return [ids[external] for external in history]
+    return [ids[external] for external in history], []
 
 
 if __name__ == "__main__":

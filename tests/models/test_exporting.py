@@ -8,6 +8,7 @@ import torch
 from textrec.models.bert4rec import BERT4Rec, BERT4RecConfig
 from textrec.models.exporting import export_onnx, export_program
 from textrec.models.gru4rec import GRU4Rec, GRU4RecConfig
+from textrec.models.hstu import HSTU, HSTUConfig
 from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.models.sequence_model import Layout
 from textrec.schema import InputError
@@ -71,5 +72,7 @@ def test_onnx_runtime_scores_what_the_model_scores(name, tmp_path):
 
 
 def test_a_model_that_attends_padding_is_refused():
+    with pytest.raises(InputError, match="HSTU: its attention depends on the lengths"):
+        export_program(HSTU(HSTUConfig(num_items=9)))
     with pytest.raises(InputError, match="attend_padding=True"):
         export_program(SASRec(SASRecConfig(**SIZE, attend_padding=True)))

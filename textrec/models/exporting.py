@@ -62,8 +62,11 @@ class _Scorer(nn.Module):
 def export_program(model: SequenceModel) -> torch.export.ExportedProgram:
     """Return the graph from `items_BL` (int64, 0 pads either side) to scores (B, num_items + 1); column 0 is -inf.
 
-    Raises `InputError` for a model that attends its padding: its graph would depend on the amount of it.
+    Raises `InputError` for a model that attends its padding, as its graph would depend on the amount of it, and for
+    one whose attention goes through a batch row by row (`exportable`).
     """
+    if not model.exportable:
+        raise InputError(f"{type(model).__name__}: its attention depends on the lengths of a batch and has no graph")
     if getattr(model.config, "attend_padding", False):
         raise InputError(f"attend_padding=True: a {type(model).__name__} that attends padding cannot be exported")
     length = model.config.max_sequence_length - hasattr(model.config, "mask_id")  # the mask token takes a place

@@ -250,6 +250,7 @@ class HSTU(SequenceModel):
     """Predict the next item from the state of the newest one and, with `time_query="target"`, the time of request."""
 
     config_class = HSTUConfig
+    exportable = False
 
     def __init__(self, config: HSTUConfig):
         super().__init__(config)

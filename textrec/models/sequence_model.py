@@ -58,6 +58,7 @@ class SequenceModel(nn.Module):
     """Base of all sequence models. A subclass names its `config_class` and writes `forward` and `item_vectors`."""
 
     config_class: ClassVar[type]
+    exportable: bool = True  # as one graph for any batch
     reads_times: bool = False  # whether `forward` and `encode` want times; batches carry them for such models alone
 
     def __init__(self, config: Any):

@@ -13,15 +13,22 @@ class Meter:
     def __init__(self):
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def read(self, tokens: int = 0, elsewhere_cpu_s: float = 0.0) -> dict[str, float]:
-        """Return the cost keys of a record row; other processes than this one spent `elsewhere_cpu_s` on it."""
-        import torch
+    def read(self, tokens: int = 0, elsewhere_cpu_s: float = 0.0, peaks: dict | None = None) -> dict[str, float]:
+        """Return the cost keys of a record row; other processes than this one spent `elsewhere_cpu_s` on it.
 
+        `peaks` is the `peak_memory` of one of them, where they did the work; by default this process's.
+        """
         cpu_s = time.process_time() - self.cpu + elsewhere_cpu_s
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         return {
             "wall_s": round(time.perf_counter() - self.wall, 2), "cpu_s": round(cpu_s, 2),
-            "peak_rss_gib": round(peak, 3), "peak_gpu_gib": round(gpu, 3),
-            "tokens": tokens, "energy_wh": round(cpu_s * CPU_WATTS / 3600, 3),
+            **(peaks or peak_memory()), "tokens": tokens, "energy_wh": round(cpu_s * CPU_WATTS / 3600, 3),
         }  # fmt: skip
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the most that this process has held so far, in GiB: resident memory, and memory of its CUDA device."""
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return {"peak_rss_gib": round(peak, 3), "peak_gpu_gib": round(gpu, 3)}

@@ -26,6 +26,7 @@ from textrec.data.prepared import PreparedSet
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training.checkpoints import write_text
+from textrec.training.cost import peak_memory
 from textrec.training.module import TrainingConfig
 from textrec.training.trainer import Fit, fit
 
@@ -171,7 +172,7 @@ def fit_here(
         TrainingConfig(**training | {"adam_betas": tuple(training["adam_betas"])}), seed=seed, folder=Path(folder),
         device=device, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
-    return {"curve": fitted.curve, "tokens": fitted.tokens, "cpu_s": fitted.cpu_s}
+    return {"curve": fitted.curve, "tokens": fitted.tokens, "cpu_s": fitted.cpu_s, "peaks": peak_memory()}
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ PRESETS: dict[str, Preset] = {
     "hstu_toy": Preset(
         "HSTU", "faithful: Toy-RecLM's block of that name", _TOY,
         {**_BCE, "adam_betas": (0.9, 0.95), "learning_rate": 3e-4, "weight_decay": 0.1, "gradient_clip": 1.0,
-         "batch_size": 32, "warmup_steps": 1000, "max_epochs": 50},
+         "batch_size": 32, "warmup_steps": 1000, "schedule": "cosine", "final_learning_rate": 1e-5,
+         "max_epochs": 50, "patience": 50},
     ),
     "sasrec_meta": Preset(
         "SASRec", "model: SASRec in HSTU's recipe; its norms learn a scale and a last norm is added",

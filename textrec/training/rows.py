@@ -121,7 +121,7 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
             return evaluate_control(model, prepared, seed), [], (0, 0.0)
         place = folder / row, device, devices, progress
         ranks, fitted = _train_and_evaluate(model, config, training, prepared, seed, *place)
-        return ranks, fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
+        return ranks, fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s, fitted.peaks)
 
     what = row, PRESETS[row].changed, _parameters(model, config, training)
     key = {"fingerprint": prepared.fingerprint, "seed": seed}
@@ -130,12 +130,12 @@ def _run_row(row, config, training, prepared, seed, folder, device, devices, pro
 
 def cached_row(
     row: str, changed: str, parameters: dict[str, Any], key: dict[str, Any], folder: Path, code: Sequence[Path],
-    run: Callable[[], tuple[Ranks, list[dict], tuple[int, float]]], parts: Sequence[str] = (),
+    run: Callable[[], tuple[Ranks, list[dict], tuple]], parts: Sequence[str] = (),
 ) -> RowResult:  # fmt: skip
     """Read the row back from `folder` if it was finished with this key and code, else run it and store it there.
 
-    `run` gives the test ranks, the curve, and what other processes and earlier runs spent on it: tokens, seconds. It
-    resumes what checkpoints in `folder` and its `parts` hold; those of another key or code are removed first.
+    `run` gives the test ranks, the curve, and what other processes and earlier runs spent on it, as `Meter.read` takes
+    it. It resumes what checkpoints in `folder` and its `parts` hold; those of another key or code are removed first.
     """
     key = {"row": row, "parameters": parameters, **key, "code": code_hash(code)}
     finished = folder / "row.json"

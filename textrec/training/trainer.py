@@ -157,6 +157,7 @@ class Fit:
     tokens: int  # real positions
     cpu_s: float  # processor seconds of all epochs, those before a resumption included
     here_cpu_s: float = 0.0  # the part of them that this very process spent
+    peaks: dict[str, float] | None = None  # of several processes: `cost.peak_memory` of the first
 
 
 def fit(
