@@ -23,6 +23,7 @@ from textrec.training import rows, text_rows
 from textrec.training.presets import PRESETS
 from textrec.training.pretraining import PretrainingConfig
 from textrec.training.strategies import STRATEGIES
+from textrec.training.table_rows import BASES, TABLE_ROWS, plan
 from textrec.training.text_rows import TEXT_ROWS
 
 NUMBERS = [path.name[:2] for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
@@ -43,7 +44,7 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
     for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
         assert find_recipe(name), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
-        assert row in PRESETS or row in TEXT_ROWS or row == "all", f"{row} is no row"
+        assert row in {*PRESETS, *TEXT_ROWS, *TABLE_ROWS, *BASES, "all"}, f"{row} is no row"
     if number in ("01", "08"):  # every setting has a name that its row knows and a value that its configuration accepts
         assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
         for row in (values["reference"], *values["rows"]):
@@ -69,6 +70,19 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
             rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
         gates = {name.removesuffix("_cold_items") for gate in values["gates"] for name in gate}
         assert gates <= {*order, *ids} and {len(gate) for gate in values["gates"]} == {2}
+    if number == "07":
+        PretrainingConfig(**values["pretraining"])
+        text_rows._config("stage_one_alone", {"all": values["finetuning"]})
+        order, ids = values["rows"], values["id_rows"]
+        assert values["overrides"].keys() <= {"all", *BASES, *order} and values["skipped"].keys() <= set(order)
+        for row in order:
+            plan(row, 100, {}, values["overrides"], values["evaluation"])
+        for row in ids:
+            rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
+        assert {row for pair in values["gates"] for row in pair} <= {*order, *ids}
+        assert any(TABLE_ROWS[row].source == "embedder" for row in order) <= bool(values["embedder"])
+        assert {f"{TABLE_ROWS[row].base}_random" for row in order} <= set(order), "what a row is paired with"
+        assert values["reductions"].keys() == {"tuned", "dropped", "pruned"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=shown)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from training.text_sets import SMALL, brand_set
 
 from textrec.data.item_text import item_attributes
@@ -138,20 +139,24 @@ def test_importance_is_the_slope_of_the_loss_by_the_heads_gate(encoder, packed):
 
 def test_smaller_models_are_ranked_beside_the_whole(encoder, texts):
     items_ID = item_table(encoder, texts)
-    losses = list(redundancy.validation_losses(encoder, texts, items_ID, 24, seed=0, batch_users=16))
-    assert len(losses) == 2 and all(loss.requires_grad and loss > 0 for loss in losses)
+    found = redundancy.ranking_importance(encoder, texts, items_ID, 24, seed=0)
+    packed, targets_B = redundancy.sampled_histories(texts, SMALL, 24, seed=0, which="validation")
+    loss = F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
+    assert found == redundancy.head_importance(encoder, [loss]) and min(found.values()) > 0
     importance = {(1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.3, (2, 2): 0.2}
-    lines = redundancy.reduction_lines(encoder, texts, [1], [1], importance)
+    lines = redundancy.reduction_lines(encoder, texts, importance, [1], [1], seed=0)
     whole = intervals(text_ranks(encoder, texts, "test").filtered, (10,))["ndcg@10"]["value"]
-    for kind, rows in (("layers", ("the first layers go", "the last layers go")),
-                       ("heads", ("the least important go", "the most important go"))):  # fmt: skip
+    for kind, rows in (("layers taken", ("the first go", "the last go")),
+                       ("heads taken", ("the least important go", "the most go"))):  # fmt: skip
         assert [(line["row"], line["x"]) for line in lines[kind]] == [(row, x) for x in "01" for row in rows]
         assert lines[kind][0]["value"] == lines[kind][1]["value"] == whole
     for place, smaller in ((2, redundancy.without_layers(encoder, [1])), (3, redundancy.without_layers(encoder, [2]))):
         ranks = text_ranks(smaller, texts, "test").filtered
-        assert lines["layers"][place]["value"] == intervals(ranks, (10,))["ndcg@10"]["value"]
+        assert lines["layers taken"][place]["value"] == intervals(ranks, (10,))["ndcg@10"]["value"]
+    few = redundancy.reduction_lines(encoder, texts, importance, [], [], seed=0, num_users=6)
+    assert [line["x"] for line in few["heads taken"]] == ["0", "0"] and few["heads taken"][0]["value"] != whole
     ranks = text_ranks(redundancy.without_heads(encoder, [(1, 2)]), texts, "test").filtered
-    assert lines["heads"][2]["value"] == intervals(ranks, (10,))["ndcg@10"]["value"]
+    assert lines["heads taken"][2]["value"] == intervals(ranks, (10,))["ndcg@10"]["value"]
 
 
 def test_alignment_sees_through_rotations_and_scales_and_nothing_else(encoder, packed):

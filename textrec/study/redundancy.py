@@ -160,35 +160,46 @@ def head_importance(encoder: RecFormer, losses: Iterable[Tensor]) -> dict[tuple[
             for head, value in enumerate(row, 1)}  # fmt: skip
 
 
-def validation_losses(
+def ranking_importance(
     encoder: RecFormer, texts: TextSet, items_ID: Tensor, num_users: int, seed: int, batch_users: int = 32
-) -> Iterator[Tensor]:
-    """Give the loss of finetuning against a fixed item table, batch by batch, for sampled validation targets."""
-    for part in range(0, num_users, batch_users):
-        size = min(batch_users, num_users - part)
-        packed, targets_B = sampled_histories(texts, encoder.config, size, seed + part, "validation")
-        yield F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
+) -> dict[tuple[int, int], float]:
+    """Return `head_importance` by the loss of finetuning against a fixed table, for sampled validation targets."""
+
+    def losses() -> Iterator[Tensor]:
+        for part in range(0, num_users, batch_users):
+            size = min(batch_users, num_users - part)
+            packed, targets_B = sampled_histories(texts, encoder.config, size, seed + part, "validation")
+            yield F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
+
+    return head_importance(encoder, losses())
 
 
 def reduction_lines(
-    encoder: RecFormer, texts: TextSet, dropped: Sequence[int], pruned: Sequence[int],
-    importance: Mapping[tuple[int, int], float], users: np.ndarray | None = None,
+    encoder: RecFormer, texts: TextSet, importance: Mapping[tuple[int, int], float], dropped: Sequence[int],
+    pruned: Sequence[int], seed: int, num_users: int = 2048,
 ) -> dict[str, list[dict]]:  # fmt: skip
-    """Return lines {row, x, value, low, high}: ndcg@10 on test targets without `layers` and without `heads`.
+    """Return lines {row, x, value, low, high}: ndcg@10 of sampled test users with layers or heads taken away.
 
     Items and histories are encoded anew by each smaller model, without training it. As many of the first or last layers
     go as `dropped` says, and as many of the least or most important heads as `pruned` does; x = "0" is the whole.
     """
     layers, heads = range(1, len(encoder.blocks) + 1), sorted(importance, key=importance.get)
-    models = {
-        "layers": [(row, number, without_layers(encoder, gone[:number])) for number in (0, *dropped)
-                   for row, gone in (("the first layers go", layers), ("the last layers go", layers[::-1]))],
-        "heads": [(row, number, without_heads(encoder, gone[:number])) for number in (0, *pruned)
-                  for row, gone in (("the least important go", heads), ("the most important go", heads[::-1]))],
-    }  # fmt: skip
+    plans = {
+        "layers taken": (without_layers, dropped, (("the first go", layers), ("the last go", layers[::-1]))),
+        "heads taken": (without_heads, pruned, (("the least important go", heads), ("the most go", heads[::-1]))),
+    }
+    users, _ = texts.prepared.split.targets("test")
+    users = generator(seed, "analysed users").permutation(users)[:num_users]
+
+    def quality(smaller: RecFormer) -> dict[str, float]:
+        return intervals(text_ranks(smaller, texts, "test", users=users).filtered, (10,))["ndcg@10"]
+
+    whole = quality(encoder)
     return {
-        kind: [{"row": row, "x": str(number)} | intervals(text_ranks(each, texts, "test", users=users).filtered, (10,))
-               ["ndcg@10"] for row, number, each in several] for kind, several in models.items()
+        kind: [{"row": row, "x": "0"} | whole for row, _ in orders]
+        + [{"row": row, "x": str(number)} | quality(take(encoder, gone[:number]))
+           for number in numbers for row, gone in orders]
+        for kind, (take, numbers, orders) in plans.items()
     }  # fmt: skip
 
 

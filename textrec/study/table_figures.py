@@ -9,6 +9,7 @@ from textrec.study.figures import GREY, WIDTH, house_style
 from textrec.study.finetuning_figures import FREQUENCIES, plot_lines
 from textrec.study.records import Record, slices
 from textrec.study.tables import ablation_table, paired_difference
+from textrec.training.table_rows import BASES, TABLE_ROWS
 
 LENGTHS = ("short_histories", "long_histories")
 FEWEST = 1e-6  # of a logarithmic colour scale, relative to the largest number
@@ -33,25 +34,27 @@ def spread_table(vectors: Mapping[str, Tensor]):
 
 
 def paired_tables(record: Record, ranks: Mapping[str, Sequence]):
-    """Return an ablation table in which rows `<base>_*` differ from `<base>_random`; other rows follow at the end."""
+    """Return an ablation table in which a row of `TABLE_ROWS` differs from its base's random one; others come last."""
     import pandas
 
-    bases = [name.removesuffix("_random") for name in ranks if name.endswith("_random")]
-    frames = {base: ablation_table([record], reference=f"{base}_random", ranks=ranks) for base in bases}
-    own = [frame[frame["row"].str.startswith(f"{base}_")] for base, frame in frames.items()]
-    return pandas.concat([*own, ablation_table([record], ranks=ranks)]).drop_duplicates("row", ignore_index=True)
+    frames = []
+    for base in (base for base in BASES if f"{base}_random" in ranks):
+        frame = ablation_table([record], reference=f"{base}_random", ranks=ranks)
+        frames.append(frame[[row in TABLE_ROWS and TABLE_ROWS[row].base == base for row in frame["row"]]])
+    return pandas.concat([*frames, ablation_table([record], ranks=ranks)]).drop_duplicates("row", ignore_index=True)
 
 
 def gain_data(
     results: Sequence, pairs: Sequence[tuple[str, str]], prepared: PreparedSet, names: Sequence[str] = FREQUENCIES,
     metric: str = "ndcg@10",
 ) -> list[dict]:  # fmt: skip
-    """Return lines {row, x, value, low, high}: what a row gains over another, by slices of the users; both need ranks.
+    """Return lines {row, x, value, low, high}: what a row gains over the random one of its pair, by slices of users.
 
-    The difference is paired over the same users, with its 95 % interval; a slice that has no user has no point.
+    Pairs whose second row does not start at random are left out. The difference is paired over the same users, with its
+    95 % interval; a slice that has no user has no point.
     """
     known, lines = {result.row: result.ranks for result in results if result.ranks is not None}, []
-    for first, second in (pair for pair in pairs if known.keys() >= {*pair}):
+    for first, second in (pair for pair in pairs if known.keys() >= {*pair} and pair[1].endswith("_random")):
         masks = slices(known[first], prepared)
         for name, mask_U in ((name, masks[name]) for name in names if name in masks):
             both = ([known[row].subset(mask_U)] for row in (first, second))

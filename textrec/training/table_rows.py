@@ -84,6 +84,7 @@ def _variants(base: str) -> dict[str, TableRow]:
         ),
         "finetuned_frozen": TableRow(base, "vectors frozen", table=frozen),
         "finetuned_matched": TableRow(base, "vectors as long as random ones", table=norm),
+        "finetuned_whitened": TableRow(base, "vectors whitened", transforms=("whitened",)),
         "finetuned_faithful": TableRow(base, "the published code's habits", faithful=True, **habits),
         "embedder_whitened": TableRow(base, "embedder's vectors, whitened", "embedder", ("whitened",)),
         "embedder_experts": TableRow(
