@@ -82,9 +82,12 @@ def test_the_profile_adds_up_and_finds_a_head_that_stays_at_home(encoder, packed
     entropies = [line["entropy"] for line in redundancy.attention_profile(flat, packed)["heads"]]
     assert min(entropies) > max(line["entropy"] for line in told["heads"] if line["layer"] == 1)
     assert max(entropies) - min(entropies) < 1e-5  # a flat head's is the log of how many tokens it sees
-    lines = redundancy.attention_lines({"here": told}, "own")
+    panels = redundancy.attention_panels({"here": told}, furthest=2)
+    lines = panels[0][2]
     assert [line["x"] for line in lines] == ["1", "2"]
     assert lines[0]["value"] == pytest.approx((told["heads"][0]["own"] + told["heads"][1]["own"]) / 2)
+    last = [line["value"] for line in told["distance"] if line["layer"] == 2]
+    assert [line["value"] for line in panels[3][2]] == last[:3]
 
 
 def test_layers_go_and_the_rest_computes_on(encoder, packed):
@@ -147,7 +150,7 @@ def test_smaller_models_are_ranked_beside_the_whole(encoder, texts):
     lines = redundancy.reduction_lines(encoder, texts, importance, [1], [1], seed=0)
     whole = intervals(text_ranks(encoder, texts, "test").filtered, (10,))["ndcg@10"]["value"]
     for kind, rows in (("layers taken", ("the first go", "the last go")),
-                       ("heads taken", ("the least important go", "the most go"))):  # fmt: skip
+                       ("heads taken", ("the least used go", "the most used go"))):  # fmt: skip
         assert [(line["row"], line["x"]) for line in lines[kind]] == [(row, x) for x in "01" for row in rows]
         assert lines[kind][0]["value"] == lines[kind][1]["value"] == whole
     for place, smaller in ((2, redundancy.without_layers(encoder, [1])), (3, redundancy.without_layers(encoder, [2]))):

@@ -1,5 +1,7 @@
 """Rows that start from vectors: published sizes, what couples loss and protocol, export once, a planted signal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from textrec.data.tokenizing import train_tokenizer
 from textrec.evaluation.metrics import mean_metrics
 from textrec.models.item_table import WithItemTable
 from textrec.models.recformer import RecFormer
+from textrec.models.sasrec import SASRec
 from textrec.models.sequence_model import SequenceModel
 from textrec.schema import InputError
 from textrec.training import table_rows
@@ -131,6 +134,27 @@ def test_mistakes_are_named(ring, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run_table_rows(rows, ring, tables, seed=0, run_dir=tmp_path, overrides=overrides)
+
+
+def test_attended_pads_change_what_a_short_history_says_and_masked_ones_do_not():
+    """The published habit: rows of zeros are attended through the key's bias. Pads before a history are no habit."""
+    config, _ = plan("sasrec_finetuned_faithful", 30, TABLES, {"all": {"max_sequence_length": 8}})
+    assert config.attend_padding
+    torch.manual_seed(0)
+    faithful = SASRec(config).eval()
+    for block in faithful.blocks:
+        torch.nn.init.normal_(block.attention.key.bias)
+    correct, masked = (SASRec(replace(config, **changed)).eval() for changed in
+                       ({"attend_padding": False}, {"mask_padding_keys": True}))  # fmt: skip
+    for other in (correct, masked):
+        other.load_state_dict(faithful.state_dict())
+    history = torch.tensor([[4, 9, 2]])
+    for padded in (history, F.pad(history, (5, 0)), F.pad(history, (0, 2))):
+        torch.testing.assert_close(correct.encode(padded), masked.encode(history), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(faithful.encode(padded), faithful.encode(history))
+    assert (faithful.encode(history) - correct.encode(history)).abs().max() > 1e-2
+    for each in (faithful, correct, masked):
+        assert each.encode(torch.zeros(1, 8, dtype=torch.long)).isfinite().all()
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class ItemTable(nn.Module):
 
 
 class WithItemTable(SequenceModel):
-    """A sequence model whose item table is an `ItemTable`; all else is the model's, and it is saved like any other."""
+    """A sequence model whose item table is an `ItemTable`; it is saved like any other. To export it, export `model`."""
 
     config_class = WithItemTableConfig
 

@@ -186,7 +186,7 @@ def reduction_lines(
     layers, heads = range(1, len(encoder.blocks) + 1), sorted(importance, key=importance.get)
     plans = {
         "layers taken": (without_layers, dropped, (("the first go", layers), ("the last go", layers[::-1]))),
-        "heads taken": (without_heads, pruned, (("the least important go", heads), ("the most go", heads[::-1]))),
+        "heads taken": (without_heads, pruned, (("the least used go", heads), ("the most used go", heads[::-1]))),
     }
     users, _ = texts.prepared.split.targets("test")
     users = generator(seed, "analysed users").permutation(users)[:num_users]
@@ -216,11 +216,17 @@ def alignment(first: RecFormer, second: RecFormer, packed: Sequence[Tensor]) -> 
     return [[linear_cka(a, b) for b in y] for a in x]
 
 
-def attention_lines(profiles: Mapping[str, Mapping], name: str) -> list[dict]:
-    """Return lines {row, x, value} over the layers: the mean over heads of `name`, for models by their name."""
-    lines = []
-    for row, profile in profiles.items():
-        layers = dict.fromkeys(line["layer"] for line in profile["heads"])
-        lines += [{"row": row, "x": str(layer), "value": float(np.mean(
-            [line[name] for line in profile["heads"] if line["layer"] == layer]))} for layer in layers]  # fmt: skip
-    return lines
+def attention_panels(profiles: Mapping[str, Mapping], furthest: int = 6) -> list[tuple[str, str, list[dict]]]:
+    """Return panels for `plot_lines` of models by their name: means over heads by layer, and the last layer's reach."""
+    kinds = {"own": "within the own item", "start": "on the start token", "entropy": "entropy (nats)"}
+    panels = []
+    for kind, label in kinds.items():
+        heads = [(row, line["layer"], line[kind]) for row, told in profiles.items() for line in told["heads"]]
+        places = dict.fromkeys(head[:2] for head in heads)
+        means = {place: np.mean([value for *of, value in heads if tuple(of) == place]) for place in places}
+        lines = [{"row": row, "x": str(layer), "value": float(mean)} for (row, layer), mean in means.items()]
+        panels.append(("layer", label, lines))
+    reach = [{"row": row, "x": str(line["x"]), "value": line["value"]}
+             for row, told in profiles.items() for line in told["distance"]
+             if line["layer"] == len(told["map"]) and line["x"] <= furthest]  # fmt: skip
+    return [*panels, ("items apart, last layer", "share of attention", reach)]
