@@ -104,6 +104,17 @@ def test_rows_keep_the_order_of_the_file_however_many_cores_read_them(tmp_path):
     assert found.astype(int).tolist() == items
 
 
+def test_spaces_around_ids_and_numbers_do_not_count(tmp_path):
+    rows = [("u", "a", "1"), ("v", "b", "2"), ("u", "b", "3"), ("u", "c", "4")]
+    spaced = [(" u", "a ", " 1"), ("v", "b", "2 "), ("u", "b", " 3 "), ("u ", "\u00a0c", "4")]
+    plain, other = (
+        prepare_frames(name, write(tmp_path / f"{name}.tsv", HEADER + "".join("\t".join(row) + "\n" for row in log)),
+                       processed=tmp_path, time_tie_rule="hash")
+        for name, log in (("plain", rows), ("other", spaced))
+    )  # fmt: skip
+    assert other.users.tolist() == ["u", "v"] and other.fingerprint == plain.fingerprint
+
+
 def test_blank_times_take_the_time_of_the_row_before_or_go(tmp_path):
     rows = "u\ta\t\nu\tb\t50\nv\tx\t10\nu\tc\t\nu\td\t40\nw\tz\t\n"  # w has no time at all
     log = write(tmp_path / "log.tsv", HEADER + rows)

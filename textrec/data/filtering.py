@@ -14,7 +14,8 @@ CORE_ORDERS = ("together", "users_first", "items_first")
 class FilterSteps:
     """Applies conditions to the table `log` one after the other and keeps `{"step", users, items, interactions}`.
 
-    `fewest` are the interactions of the user and of the item (`u`, `i`) that have the fewest after the last step.
+    After every step the tables `count_u` and `count_i` hold the interactions n of each user and item, and `fewest` the
+    least n of each.
     """
 
     def __init__(self, connection, progress: Callable[[str], None] = lambda sentence: None):
@@ -32,9 +33,12 @@ class FilterSteps:
 
     def record(self, step: str) -> None:
         """Record the counts of the table as it is; an empty table is the user's mistake."""
-        query = "SELECT count(*), min(n), coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM log GROUP BY {})"
-        (users, fewest_u, _), (items, fewest_i, rows) = (
-            self.connection.execute(query.format(column)).fetchall()[0] for column in ("u", "i")
+        for column in ("u", "i"):
+            counted = f"SELECT {column}, count(*) AS n FROM log GROUP BY {column}"
+            self.connection.execute(f"CREATE OR REPLACE TABLE count_{column} AS {counted}")
+        (users, fewest_u, rows), (items, fewest_i, _) = (
+            self.connection.execute(f"SELECT count(*), min(n), coalesce(sum(n), 0) FROM count_{column}").fetchall()[0]
+            for column in ("u", "i")
         )
         self.fewest = {"u": fewest_u, "i": fewest_i}
         self.counts.append({"step": step, "users": users, "items": items, "interactions": int(rows)})
@@ -68,7 +72,7 @@ def keep_core(steps: FilterSteps, *, min_user: int, min_item: int, order: str, r
     first was dropped. `repeat` goes on until nothing is lost: the k-core, for which the order does not matter.
     """
     minima = [(column, k) for column, k in (("u", min_user), ("i", min_item)) if k > 1]
-    kept = [f"{column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) >= {k})" for column, k in minima]
+    kept = [f"{column} IN (SELECT {column} FROM count_{column} WHERE n >= {k})" for column, k in minima]
     conditions = {"together": [" AND ".join(kept)], "users_first": kept, "items_first": kept[::-1]}[order]
     named = ", ".join(f"{'users' if column == 'u' else 'items'} >= {k}" for column, k in minima)
     passes = 0

@@ -18,7 +18,7 @@ import numpy as np
 from textrec.data import filtering, splitting
 from textrec.data.catalogue import build_catalogue, list_items
 from textrec.data.choices import Choices, closest, matching
-from textrec.data.files import naming_full_disk, remove_partials, unpacking
+from textrec.data.files import naming_full_disk, remove_partials
 from textrec.data.histories import Histories
 from textrec.data.prepared import PreparedSet
 from textrec.data.reading import complete_times, natural, read_interactions, readable
@@ -168,9 +168,8 @@ def _build(connection, recipe: SetRecipe, files, choices: Choices, folder: Path,
     tell(f"reading {where}")
     with readable(files):
         tables = reader(connection, files, **recipe.options)
-        with unpacking(tables.pipes):
-            read_interactions(connection, tables, where, choices)
-            texts = list_items(connection, tables.items, all_items=choices.catalogue == "all") if tables.items else None
+        read_interactions(connection, tables, where, choices)
+        texts = list_items(connection, tables.items, all_items=choices.catalogue == "all") if tables.items else None
     has_times = complete_times(connection, choices, where, tables.first_line)
     steps = filtering.FilterSteps(connection, tell)
     order = _order(choices, has_times)
@@ -221,13 +220,13 @@ def _filter(steps: filtering.FilterSteps, choices: Choices, order: str, listed: 
         steps.keep("items with a row in the item table", f"SELECT * FROM log WHERE {known}")
     minima = {"min_user": choices.min_user, "min_item": choices.min_item}
     filtering.keep_core(steps, **minima, order=choices.core_order, repeat=choices.core_repeat)
-    steps.connection.execute("CREATE TABLE candidate_ids AS SELECT DISTINCT i FROM log")
+    steps.connection.execute("CREATE TABLE candidate_ids AS SELECT i FROM count_i")
     if choices.user_sample is not None:
         _sample_users(steps, choices.user_sample, choices.seed)
 
 
 def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
-    users = steps.connection.execute("SELECT DISTINCT u FROM log ORDER BY u").fetchnumpy()["u"]
+    users = steps.connection.execute("SELECT u FROM count_u ORDER BY u").fetchnumpy()["u"]
     if size > len(users):
         raise InputError(f"user_sample is {size} but only {len(users)} users are left after the filters")
     chosen = generator(seed, "user_sample").choice(users, size, replace=False)
@@ -238,8 +237,7 @@ def _sample_users(steps: filtering.FilterSteps, size: int, seed: int) -> None:
 
 def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
     """Give users and items their internal ids and build the catalogue."""
-    connection.execute("""CREATE TABLE kept_users AS SELECT u, user, n
-        FROM users JOIN (SELECT u, count(*) AS n FROM log GROUP BY u) USING (u)""")
+    connection.execute("CREATE TABLE kept_users AS SELECT user, n FROM users JOIN count_u USING (u) ORDER BY u")
     candidates = "SELECT item FROM source_items SEMI JOIN candidate_ids USING (i)"
     if choices.catalogue == "all" and texts is not None:
         candidates += " UNION SELECT item FROM listed WHERE item IS NOT NULL"
@@ -253,7 +251,7 @@ def _number(connection, choices: Choices, texts: list[str] | None) -> dict:
 
 def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
     """Write `items.npy`, `times.npy` and `offsets.npy` batch by batch; return their sha256."""
-    lengths = connection.execute("SELECT n FROM kept_users ORDER BY u").fetchnumpy()["n"]
+    lengths = connection.execute("SELECT n FROM kept_users").fetchnumpy()["n"]
     offsets_U1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "offsets.npy", offsets_U1)
     total = int(offsets_U1[-1])
@@ -274,7 +272,7 @@ def _write_histories(connection, folder: Path, order: str) -> dict[str, str]:
 
 def _write_tables(connection, folder: Path) -> dict[str, str]:
     """Write `users.parquet` and `catalogue.parquet`; return the sha256 of external ids and of the texts."""
-    users = "SELECT user FROM kept_users ORDER BY u"
+    users = "SELECT user FROM kept_users"
     catalogue = "SELECT * EXCLUDE (textrec_number) FROM catalogue ORDER BY textrec_number"
     for query, name in ((users, "users"), (catalogue, "catalogue")):
         connection.execute(f"COPY ({query}) TO {literal(folder / f'{name}.parquet')} (FORMAT parquet)")

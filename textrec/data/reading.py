@@ -1,6 +1,7 @@
 """The first table: a source's rows typed and checked, with integers in place of external ids."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,12 @@ from textrec.data.sources import Tables
 from textrec.schema import InputError
 
 NUMBER = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
-EXPECTED = {"user": "a user id", "item": "an item id", "time": "unix seconds or a blank", "rating": "a number or a blank"}
+EXPECTED = {
+    "user": "a user id",
+    "item": "an item id",
+    "time": "unix seconds or a blank",
+    "rating": "a number or a blank",
+}
 
 
 def read_interactions(connection, tables: Tables, where, choices: Choices) -> None:
@@ -111,9 +117,9 @@ def readable(files: Mapping[str, Path]) -> Iterator[None]:
 
 
 def _reason(message: str) -> str:
-    """Return the first lines of DuckDB's message: not the kind of error, the data themselves, its proposals."""
+    """Return the first lines of DuckDB's message: not the kind of error, file, data or proposals."""
     lines = []
-    for line in message.split(": ", 1)[-1].splitlines():
+    for line in re.sub(' in file "[^"]*",?', "", message).split(": ", 1)[-1].splitlines():
         if not line.strip() or line.startswith("Possible"):
             break
         if not line.startswith("Original Line"):

@@ -6,6 +6,7 @@ import json
 import duckdb
 import pytest
 
+from textrec.data import files
 from textrec.data.choices import Choices
 from textrec.data.preparing import SetRecipe, prepare, prepare_recipe
 from textrec.data.sources import amazon
@@ -124,7 +125,7 @@ def test_2023_milliseconds_order_and_seconds_are_stored(tmp_path):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    connection = duckdb.connect()
+    connection = duckdb.connect(config={"temp_directory": str(tmp_path)})
     reviews = write(tmp_path / "r.json.gz", REVIEWS_2018)
     cases = {
         "has no field 'reviewerID' in line 1; its fields are asin": write(tmp_path / "a.json.gz", [{"asin": "B"}]),
@@ -146,6 +147,31 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     with pytest.raises(InputError, match="r.json.gz cannot be read: "):
         made(tmp_path, tmp_path / "r.json.gz")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("role", ["interactions", "items"])
+def test_broken_gzip_and_broken_json_are_told_from_one_another(tmp_path, role):
+    files = {"interactions": write(tmp_path / "r.json.gz", REVIEWS_2018 * 300)}
+    files["items"] = write(tmp_path / "m.json.gz", [{**META_2018[0], "asin": f"B{k}"} for k in range(900)])
+    text = gzip.decompress(files[role].read_bytes())
+    broken = text.replace(b'"asin"', b'"asin', 500).replace(b'"asin', b'"asin"', 499)  # in line 500 alone
+    for data, told in (
+        (gzip.compress(text)[:-8] + bytes(8), "CRC check failed"),
+        (gzip.compress(text)[:-9], "Compressed file ended before the end-of-stream marker was reached"),
+        (gzip.compress(broken), r"Malformed JSON at byte \d+ in line 50[01]: .*"),
+    ):
+        files[role].write_bytes(data)
+        with pytest.raises(InputError, match=f"{files[role].name} cannot be read: {told}") as caught:
+            made(tmp_path, files["interactions"], files["items"])
+        assert "work" not in str(caught.value) and not list((tmp_path / "out").iterdir())
+
+
+def test_on_a_small_disk_the_set_is_the_same(tmp_path, monkeypatch):
+    reviews, meta = write(tmp_path / "r.json.gz", REVIEWS_2018), write(tmp_path / "m.json.gz", META_2018)
+    fingerprint = made(tmp_path, reviews, meta).fingerprint
+    monkeypatch.setattr(files, "ROOM", 2**60)
+    monkeypatch.setattr(files.tempfile, "mkstemp", None)  # nothing is unpacked
+    assert made(tmp_path / "again", reviews, meta).fingerprint == fingerprint
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):

@@ -4,9 +4,7 @@ A reader is a function `read(connection, files, **options) -> Tables`: `connecti
 the roles of a recipe in `sets.yaml` ("interactions", "items", ...) to existing files, `options` come from the recipe.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +14,9 @@ class Tables:
     `interactions` yields user, item and, where the source has them, time (unix seconds, fractions allowed; blank or
     NULL where unknown) and rating. `items` yields item and text columns (title first), as text or lists of text;
     further rows of an item are allowed. Values may be text: they are checked and converted in one place, and a wrong
-    one is reported as line `first_line` + its row. `pipes` are the named pipes that the queries read, each with the
-    gzip file to unpack into it meanwhile (`files.unpacking`); a pipe can be read once.
+    one is reported as line `first_line` + its row.
     """
 
     interactions: str
     items: str | None = None
     first_line: int = 1
-    pipes: Mapping[Path, Path] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from textrec.data.files import unpacked
 from textrec.data.sources import Tables
 from textrec.data.sources.frames import literal, open_text
 from textrec.schema import InputError
@@ -34,14 +35,13 @@ def read(connection, files: Mapping[str, Path]) -> Tables:
     if missing:
         raise InputError(f"{path} has no field {missing[0]!r} in line 1; its fields are {', '.join(keys)}")
     user, item, time, rating = edition
-    pipes: dict[Path, Path] = {}
-    relation = _json(connection, path, dict.fromkeys(edition, "VARCHAR"), pipes)
+    relation = _json(connection, path, dict.fromkeys(edition, "VARCHAR"))
     # milliseconds to seconds; what is no number stays for the check that names it
     milliseconds = f'coalesce(CAST(try_cast("{time}" AS DOUBLE) / 1000 AS VARCHAR), "{time}")'
     seconds = milliseconds if time == "timestamp" else f'"{time}"'
     query = f'SELECT "{user}" AS user, "{item}" AS item, {seconds} AS time, "{rating}" AS rating FROM {relation}'
-    items = _item_query(connection, files["items"], pipes) if "items" in files else None
-    return Tables(interactions=query, items=items, pipes=pipes)
+    items = _item_query(connection, files["items"]) if "items" in files else None
+    return Tables(interactions=query, items=items)
 
 
 def first_record(path: Path) -> tuple[dict, bool]:
@@ -57,7 +57,7 @@ def first_record(path: Path) -> tuple[dict, bool]:
     return record, is_json
 
 
-def _item_query(connection, path: Path, pipes: dict[Path, Path]) -> str:
+def _item_query(connection, path: Path) -> str:
     record, is_json = first_record(path)
     if not is_json:
         return _literal_items(connection, path)
@@ -65,7 +65,7 @@ def _item_query(connection, path: Path, pipes: dict[Path, Path]) -> str:
     if item is None:
         raise InputError(f"{path} has no field 'asin' or 'parent_asin' in line 1")
     fields = ITEM_FIELDS[item]
-    relation = _json(connection, path, {item: "VARCHAR"} | dict.fromkeys(fields, "JSON"), pipes)
+    relation = _json(connection, path, {item: "VARCHAR"} | dict.fromkeys(fields, "JSON"))
     named = [f'"{name}" AS {canonical}' for name, canonical in zip(fields[:-1], CANONICAL, strict=False)]
     # "$1,004.99", "$4.99 - $6.99" (the lowest), 4.99, or a piece of a style sheet (none)
     price = """replace(regexp_extract("price"->>'$', '^\\s*\\$?\\s*([0-9][0-9,]*(\\.[0-9]+)?)', 1), ',', '') AS price"""
@@ -109,11 +109,9 @@ def _literal(path: Path, number: int, line: str) -> dict:
         raise InputError(f"{path}, line {number}: neither a JSON object nor a Python literal: {line[:40]!r}") from error
 
 
-def _json(connection, path: Path, columns: Mapping[str, str], pipes: dict[Path, Path]) -> str:
-    """Return the scan of these columns; of a gzip file through a pipe beside DuckDB's spills, noted in `pipes`."""
+def _json(connection, path: Path, columns: Mapping[str, str]) -> str:
+    """Return the scan of these columns; a gzip file is unpacked beside DuckDB's spills, as DuckDB does so slowly."""
     if path.suffix == ".gz":
-        folder = connection.execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
-        pipe = Path(folder, f"{path.name}.{len(pipes)}")
-        pipes[pipe], path = path, pipe
+        path = unpacked(path, Path(connection.execute("SELECT current_setting('temp_directory')").fetchall()[0][0]))
     types = ", ".join(f"{literal(name)}: '{kind}'" for name, kind in columns.items())
     return f"read_json({literal(path)}, format='newline_delimited', columns={{{types}}})"
