@@ -106,7 +106,7 @@ def test_rows_keep_the_order_of_the_file_however_many_cores_read_them(tmp_path):
 
 def test_spaces_around_ids_and_numbers_do_not_count(tmp_path):
     rows = [("u", "a", "1"), ("v", "b", "2"), ("u", "b", "3"), ("u", "c", "4")]
-    spaced = [(" u", "a ", " 1"), ("v", "b", "2 "), ("u", "b", " 3 "), ("u ", "\u00a0c", "4")]
+    spaced = [(" u", "a ", "\u00a01"), ("v", "b", "2 "), ("u", "b", " 3 "), ("u ", "\u00a0c", "4")]
     plain, other = (
         prepare_frames(name, write(tmp_path / f"{name}.tsv", HEADER + "".join("\t".join(row) + "\n" for row in log)),
                        processed=tmp_path, time_tie_rule="hash")

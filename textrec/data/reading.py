@@ -11,13 +11,9 @@ from textrec.data.choices import Choices
 from textrec.data.sources import Tables
 from textrec.schema import InputError
 
-NUMBER = "CASE WHEN isfinite(try_cast({0} AS DOUBLE)) THEN try_cast({0} AS DOUBLE) END"
-EXPECTED = {
-    "user": "a user id",
-    "item": "an item id",
-    "time": "unix seconds or a blank",
-    "rating": "a number or a blank",
-}
+TYPED = "coalesce(try_cast(x AS DOUBLE), try_cast(trim(x) AS DOUBLE))"  # few values need to be trimmed
+NUMBER = f"CREATE TEMP MACRO number(x) AS CASE WHEN isfinite({TYPED}) THEN {TYPED} END"
+MEANT = {"user": "a user id", "item": "an item id", "time": "unix seconds or a blank", "rating": "a number or a blank"}
 
 
 def read_interactions(connection, tables: Tables, where, choices: Choices) -> None:
@@ -32,10 +28,10 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
     connection.execute(f"CREATE TABLE source AS SELECT {texts} FROM ({tables.interactions})")
     for table, column, short in (("users", "user", "u"), ("source_items", "item", "i")):
         _number_ids(connection, table, column, short)
-    columns = [f"{NUMBER.format(name)} AS {name}" for name in wanted[2:]]
+    connection.execute(NUMBER)
+    columns = [f"number({name}) AS {name}" for name in wanted[2:]]
     if choices.time_tie_rule == "hash":
-        time = f"coalesce(CAST({NUMBER.format('time')} AS VARCHAR), '')"
-        columns.append(f"md5(user || chr(31) || item || chr(31) || {time}) AS tie")
+        columns.append("md5(user || chr(31) || item || chr(31) || coalesce(CAST(number(time) AS VARCHAR), '')) AS tie")
     connection.execute(f"""CREATE TABLE log AS SELECT u, i, source.rowid AS row, {", ".join(columns)}
         FROM source JOIN users USING (user) JOIN source_items USING (item)""")
     for column in wanted:
@@ -45,15 +41,15 @@ def read_interactions(connection, tables: Tables, where, choices: Choices) -> No
 
 def _refuse_wrong(connection, column: str, where, first_line: int) -> None:
     """Name the first row without an id, or with a `column` that is neither a number nor blank."""
-    wrong, number = f"{column} IS NULL OR {column} = ''", NUMBER.format(column)
+    wrong = f"{column} IS NULL OR {column} = ''"
     if column in ("time", "rating"):
         if not connection.execute(f"SELECT 1 FROM log WHERE {column} IS NULL LIMIT 1").fetchall():
             return
-        wrong = f"{number} IS NULL AND trim({column}) <> ''"
+        wrong = f"number({column}) IS NULL AND trim({column}) <> ''"
     query = f"SELECT rowid, trim({column}) FROM source WHERE {wrong} ORDER BY rowid LIMIT 1"
     for row, value in connection.execute(query).fetchall():
         told = f"{where}, line {row + first_line}: the {column} is {value or ''!r}"
-        raise InputError(f"{told}; expected {EXPECTED[column]}")
+        raise InputError(f"{told}; expected {MEANT[column]}")
 
 
 def _number_ids(connection, table: str, column: str, short: str) -> None:
