@@ -32,15 +32,15 @@ def texts(tmp_path_factory) -> TextSet:
 
 
 @pytest.fixture(scope="module")
-def packed(texts) -> tuple[torch.Tensor, ...]:
-    return redundancy.sampled_histories(texts, SMALL, 5, seed=0)[0]
+def packed(encoder, texts) -> tuple[torch.Tensor, ...]:
+    return redundancy.sampled_histories(encoder, texts, 5, seed=0)[0]
 
 
-def test_sampled_histories_come_with_their_targets(texts, packed):
-    again, other = (redundancy.sampled_histories(texts, SMALL, 5, seed=seed)[0] for seed in (0, 1))
+def test_sampled_histories_come_with_their_targets(encoder, texts, packed):
+    again, other = (redundancy.sampled_histories(encoder, texts, 5, seed=seed)[0] for seed in (0, 1))
     assert torch.equal(packed[0], again[0]) and not torch.equal(packed[0], other[0]) and len(packed[3]) == 5
     users, ends = texts.prepared.split.targets("validation")
-    _, targets = redundancy.sampled_histories(texts, SMALL, 99, seed=0, which="validation")
+    _, targets = redundancy.sampled_histories(encoder, texts, 99, seed=0, which="validation")
     assert targets.tolist() == texts.prepared.histories.at(users, ends).tolist()
 
 
@@ -143,7 +143,7 @@ def test_importance_is_the_slope_of_the_loss_by_the_heads_gate(encoder, packed):
 def test_smaller_models_are_ranked_beside_the_whole(encoder, texts):
     items_ID = item_table(encoder, texts)
     found = redundancy.ranking_importance(encoder, texts, items_ID, 24, seed=0)
-    packed, targets_B = redundancy.sampled_histories(texts, SMALL, 24, seed=0, which="validation")
+    packed, targets_B = redundancy.sampled_histories(encoder, texts, 24, seed=0, which="validation")
     loss = F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
     assert found == redundancy.head_importance(encoder, [loss]) and min(found.values()) > 0
     importance = {(1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.3, (2, 2): 0.2}

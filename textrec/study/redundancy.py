@@ -24,16 +24,15 @@ TABLES = ("word_table", "position_table", "type_table", "item_position_table", "
 
 
 def sampled_histories(
-    texts: TextSet, config, num_users: int, seed: int, which: str = "test"
+    encoder: RecFormer, texts: TextSet, num_users: int, seed: int, which: str = "test"
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the packed histories before the targets (test or validation) of sampled users, and the targets (B,)."""
+    """Return what `encoder` reads before the targets (test or validation) of sampled users, and the targets (B,)."""
     histories, (users, ends) = texts.prepared.histories, texts.prepared.split.targets(which)
     rows = np.sort(generator(seed, "analysed users").permutation(len(users))[:num_users])
-    items_BL, _, _ = histories.windows(users[rows], ends[rows], config.max_items)
-    packed = texts.packed(items_BL, config)
-    return tuple(torch.from_numpy(packed[name]) for name in PACKED), torch.from_numpy(
-        histories.at(users[rows], ends[rows])
-    )
+    items_BL, _, _ = histories.windows(users[rows], ends[rows], encoder.config.max_items)
+    packed, device = texts.packed(items_BL, encoder.config), encoder.word_table.weight.device
+    targets_B = torch.from_numpy(histories.at(users[rows], ends[rows])).to(device)
+    return tuple(torch.from_numpy(packed[name]).to(device) for name in PACKED), targets_B
 
 
 @torch.no_grad()
@@ -168,8 +167,10 @@ def ranking_importance(
     def losses() -> Iterator[Tensor]:
         for part in range(0, num_users, batch_users):
             size = min(batch_users, num_users - part)
-            packed, targets_B = sampled_histories(texts, encoder.config, size, seed + part, "validation")
-            yield F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
+            packed, targets_B = sampled_histories(encoder, texts, size, seed + part, "validation")
+            yield F.cross_entropy(
+                encoder.scores(encoder.encode(*packed), items_ID[1:].to(targets_B.device)), targets_B - 1
+            )
 
     return head_importance(encoder, losses())
 

@@ -176,11 +176,14 @@ def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, d
     return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
 
 
-def text_encoders(language_model: RecFormer, pretrained: RecFormer, pair: Path) -> dict[str, RecFormer]:
-    """Return the encoders of a text model's three tables; `pair` is what a finetuning of `pretrained` has saved."""
-    finetuned = copy.deepcopy(pretrained)
-    load_pair(pair, finetuned)
-    return {"language_model": language_model.eval(), "pretrained": pretrained.eval(), "finetuned": finetuned.eval()}
+def text_encoders(
+    language_model: RecFormer, pretrained: RecFormer, pair: Path, device: str = "cpu"
+) -> dict[str, RecFormer]:
+    """Return copies of the encoders of a text model's three tables; `pair` was saved by finetuning `pretrained`."""
+    encoders = {"language_model": language_model, "pretrained": pretrained, "finetuned": pretrained}
+    encoders = {name: copy.deepcopy(encoder).eval() for name, encoder in encoders.items()}
+    load_pair(pair, encoders["finetuned"])
+    return {name: encoder.to(device) for name, encoder in encoders.items()}
 
 
 def text_tables(
