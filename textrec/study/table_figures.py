@@ -25,11 +25,10 @@ def spread_table(vectors: Mapping[str, Tensor]):
     told = {}
     for source, table in vectors.items():
         rows = table[1:].double()
-        cov = (rows - rows.mean(0)).T @ (
-            rows - rows.mean(0)
-        )  # directions: of its eigenvalues, (sum)^2 / sum of squares
-        told[source] = {"width": table.shape[1], "mean cosine": float(rows.mean(0).square().sum()),
-                        "directions": float(cov.trace().square() / cov.square().sum())}  # fmt: skip
+        products_EE = (rows - rows.mean(0)).T @ (rows - rows.mean(0))
+        directions = products_EE.trace().square() / products_EE.square().sum()  # eigenvalues: (sum)^2 / sum of squares
+        cosine = rows.mean(0).square().sum()
+        told[source] = {"width": rows.shape[1], "mean cosine": float(cosine), "directions": float(directions)}
     return pandas.DataFrame(told).T
 
 
