@@ -61,7 +61,7 @@ def test_sets_named_in_commands_are_known():
 
 def test_variants_named_in_commands_have_their_parameters():
     runs = [parse(line.removeprefix(".venv/bin/")) for line in command_lines() if "textrec run " in line]
-    named = [(values["scale"].value, values["number"], values["variant"]) for values in runs if values["variant"]]
+    named = [(values["scale"], values["number"], values["variant"]) for values in runs if values["variant"]]
     assert named
     for scale, number, variant in named:
         assert (PARAMETERS / scale / f"{number}-{variant}.yaml").is_file()
