@@ -72,6 +72,7 @@ def test_the_profile_adds_up_and_finds_a_head_that_stays_at_home(encoder, packed
         assert line["start"] > 0 and line["own"] > 0 and line["others"] > 0 and 0 < line["entropy"] < 4
     rows = torch.tensor(told["map"][0])
     torch.testing.assert_close(rows[0].sum(), torch.tensor(1.0), rtol=0.3, atol=0)  # means of rows that add up to one
+    assert rows.min() >= 0 and rows.max() < 0.9  # shares of a token, not sums over the tokens of an item
     near = [line["value"] for line in told["distance"] if line["layer"] == 1]
     assert near[0] == max(near) and near[-1] == pytest.approx(0, abs=0.05)  # the window reaches no further
     flat = copy.deepcopy(encoder)
