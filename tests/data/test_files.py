@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from textrec.data.files import naming_full_disk, remove_partials, replacing
+from textrec.data.files import naming_full_disk, remove_partials, replacing, write_text
 from textrec.schema import InputError
 
 
@@ -57,3 +57,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path):
 def test_other_errors_pass_as_they_are(tmp_path):
     with pytest.raises(OSError, match="Input/output"), naming_full_disk(tmp_path, "try again"):
         raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_small_file_is_replaced_or_left(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    write_text(path, "save0")
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "save1")
+    assert path.read_text() == "save0"

@@ -230,3 +230,19 @@ def test_mistakes_are_named():
         transformed(table(), ["shuffled"])
     with pytest.raises(InputError, match="needs width"):
         transformed(table(), ["pca"])
+
+
+def test_another_program_loads_it_as_any_sequence_model(tmp_path):
+    """A fresh process has not imported the wrapper: the base class must find it by the name in the folder."""
+    import subprocess
+    import sys
+
+    model = SASRec(SASRecConfig(num_items=5, embedding_dim=4))
+    table = torch.cat([torch.zeros(1, 4), torch.randn(5, 4)])
+    attach(model, table, freeze=True).save_pretrained(tmp_path)
+    code = (
+        "import sys; from textrec.models.sequence_model import SequenceModel\n"
+        "print(len(SequenceModel.from_pretrained(sys.argv[1]).recommend([1, 2], k=3)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert told.stdout.strip() == "3", told.stderr

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes
 from textrec.data.tokenizing import SpecialTokens, train_tokenizer
 from textrec.models.pretrained import find_pretrained, load_recformer
 from textrec.models.recformer import PRESETS, RecFormerConfig, RecFormerForPretraining
 from textrec.schema import InputError
-from textrec.training.rows import closest
 
 if TYPE_CHECKING:
     from pandas import DataFrame

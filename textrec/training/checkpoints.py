@@ -1,12 +1,12 @@
 """Checkpoints that are whole or absent, and that refuse to continue another run."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from textrec.data.files import replacing
 from textrec.schema import InputError
 
 
@@ -14,24 +14,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """Write to a temporary name, fsync, rename: a kill at any moment leaves the previous checkpoint or the new one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file that is whole or absent, whenever the process is killed."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            torch.save(checkpoint, partial)
 
 
 def check_identity(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:

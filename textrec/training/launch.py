@@ -22,10 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.checkpoints import write_text
 from textrec.training.cost import peak_memory
 from textrec.training.module import TrainingConfig
 from textrec.training.trainer import Fit, fit

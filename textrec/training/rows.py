@@ -4,16 +4,16 @@
 `model/`, `last.ckpt` and the logs. A cached row is reused only for the same parameters, data, seed and code.
 """
 
-import difflib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from textrec.data.choices import closest
+from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.evaluation.ranking import Ranks
 from textrec.paths import ROOT
@@ -163,9 +163,7 @@ def cached_row(
     result = {"row": row, "changed": changed, "parameters": parameters, "status": "ok", "reason": None,
               "curve": curve, "cost": cost, "commit": commit + ("-dirty" if dirty else "")}  # fmt: skip
     ranks.save(folder / "ranks.parquet")
-    partial = folder / f"row.json.partial-{os.getpid()}"
-    partial.write_text(json.dumps({"key": key, "result": result}, indent=1), encoding="utf-8")
-    os.replace(partial, finished)
+    write_text(finished, json.dumps({"key": key, "result": result}, indent=1))
     return RowResult(**result, ranks=ranks)
 
 
@@ -188,13 +186,9 @@ def _train_and_evaluate(model_name, config, training, prepared, seed, folder, de
 
 def model_class(name: str) -> type:
     """Return the sequence model of that class name."""
-    from textrec.models.bert4rec import BERT4Rec
-    from textrec.models.gru4rec import GRU4Rec
-    from textrec.models.hstu import HSTU
-    from textrec.models.llama import Llama
-    from textrec.models.sasrec import SASRec
+    from textrec.models.item_table import MODELS
 
-    return {each.__name__: each for each in (SASRec, BERT4Rec, GRU4Rec, HSTU, Llama)}[name]
+    return MODELS[name]
 
 
 def code_files(model: str) -> list[Path]:
@@ -208,11 +202,4 @@ def forget_other_runs(folder: Path, key: dict) -> None:
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != key:
         for stale in (folder / "last.ckpt", folder / "row.json"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
-    partial = folder / f"started.json.partial-{os.getpid()}"
-    partial.write_text(json.dumps(key, indent=1), encoding="utf-8")
-    os.replace(partial, marker)
-
-
-def closest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    write_text(marker, json.dumps(key, indent=1))

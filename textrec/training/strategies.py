@@ -29,8 +29,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from textrec.data.files import write_text
 from textrec.schema import InputError
-from textrec.training.checkpoints import AtomicCheckpoints, write_text
+from textrec.training.checkpoints import AtomicCheckpoints
 from textrec.training.consolidation import ZeroCheckpoint, read_zero
 
 # oneDNN keeps a kernel for every shape that it has met, by default 1,024 of them: packed batches, each of another

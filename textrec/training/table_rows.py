@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes, item_texts
 from textrec.data.prepared import PreparedSet
 from textrec.data.vectors import text_vectors
@@ -29,7 +30,7 @@ from textrec.models.recformer import RecFormer
 from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, seed_everything
-from textrec.training.rows import RowResult, cached_row, closest, code_files, configurations, model_class
+from textrec.training.rows import RowResult, cached_row, code_files, configurations, model_class
 from textrec.training.text_ranking import TextSet, item_table, weights_digest
 from textrec.training.two_stage import load_pair
 

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes, shuffled_texts
 from textrec.models.recformer import RecFormer
 from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.rows import RowResult, cached_row, closest
+from textrec.training.rows import RowResult, cached_row
 from textrec.training.text_launch import two_stage_in_processes
 from textrec.training.text_ranking import BagOfWords, TextSet, text_ranks, weights_digest, with_permuted_words
 from textrec.training.two_stage import FAITHFUL, TwoStageConfig, two_stage

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from textrec.data.examples import FinetuningExamples
+from textrec.data.files import replacing
 from textrec.evaluation.metrics import per_user_metrics
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
@@ -253,12 +254,8 @@ def save_pair(path: Path, model: nn.Module, items_ID: Tensor) -> None:
     from safetensors.torch import save_file
 
     pair = {f"model.{name}": weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(pair | {"items_ID": items_ID.cpu().contiguous()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(pair | {"items_ID": items_ID.cpu().contiguous()}, partial)
 
 
 def load_pair(path: Path, model: nn.Module) -> Tensor:
