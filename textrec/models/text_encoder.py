@@ -43,6 +43,7 @@ class TextEncoder(nn.Module):
         from transformers.utils import logging
 
         super().__init__()
+        self.identity = ""  # a hash of the weights and `config`, filled in by who needs one
         logging.disable_progress_bar()  # of weights that are read in a moment
         if pooling not in POOLINGS or dtype not in ("float32", "bfloat16", "float16"):
             raise InputError(f"pooling={pooling!r}, dtype={dtype!r}: expected one of {POOLINGS}, and a torch float")

@@ -15,23 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes, item_texts
 from textrec.data.prepared import PreparedSet
-from textrec.data.vectors import text_vectors
 from textrec.models.item_table import attach, transformed
-from textrec.models.pretrained import find_pretrained
 from textrec.models.recformer import RecFormer
+from textrec.models.text_encoder import TextEncoder
 from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, seed_everything
+from textrec.training.embedder_rows import encoded
 from textrec.training.rows import RowResult, cached_row, code_files, configurations, model_class
-from textrec.training.text_ranking import TextSet, item_table, weights_digest
+from textrec.training.text_ranking import TextSet, item_table
 from textrec.training.two_stage import load_pair
 
 SOURCES = {
@@ -201,15 +199,7 @@ def text_tables(
 
 
 def embedder_table(name: str, prepared: PreparedSet, *, folder: Path, device: str = "cpu") -> Tensor:
-    """Return the unit vectors (I + 1, E) that a sentence embedder (see `find_pretrained`) makes of the item texts."""
-    from sentence_transformers import SentenceTransformer
-
-    embedder = SentenceTransformer(str(find_pretrained(name)), device=device)
-
-    def encode(batch: list[str]) -> np.ndarray:
-        return embedder.encode(batch, batch_size=len(batch), normalize_embeddings=True, show_progress_bar=False)
-
-    texts, encoder = list(item_texts(item_attributes(prepared.catalogue))), weights_digest(embedder[0].auto_model)
-    how = {"max_tokens": embedder.max_seq_length, "pooling": "the model's own, unit norm"}
-    vectors = text_vectors(texts, encode, folder=folder, encoder=encoder, **how)
-    return F.pad(torch.from_numpy(np.asarray(vectors)), (0, 0, 1, 0))
+    """Return the unit vectors (I + 1, E) that a text embedder (see `TextEncoder`) makes of the item texts."""
+    texts = list(item_texts(item_attributes(prepared.catalogue)))
+    vectors = encoded(TextEncoder(name, device=device), texts, "document", folder=folder).vectors
+    return F.pad(vectors, (0, 0, 1, 0))
