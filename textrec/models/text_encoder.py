@@ -83,7 +83,7 @@ class TextEncoder(nn.Module):
         """Return the unit vectors (B, D), float32, of token arrays as `tokenize` makes them."""
         device, (pooling, prompt) = next(self.parameters()).device, self.sides[side]
         lengths_B = np.array([len(each) for each in tokens_B])
-        real_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
+        real_BL = np.arange(max(lengths_B.max(), 1)) < lengths_B[:, None]
         ids_BL = np.full(real_BL.shape, self.model.tokenizer.pad_token_id or 0, np.int64)
         ids_BL[real_BL] = np.concatenate(tokens_B)
         features = {"input_ids": ids_BL, "attention_mask": real_BL.astype(np.int64)}
@@ -99,29 +99,32 @@ class TextEncoder(nn.Module):
             mask_BL1 = features["attention_mask"][:, :, None].to(read.last_hidden_state)
             vectors_BD = {
                 "first": lambda: read.last_hidden_state[:, 0], "pooler": lambda: read.pooler_output,
-                "mean": lambda: (read.last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1),
+                "mean": lambda: (read.last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1).clamp_min(1),
             }[pooling]()  # fmt: skip
         return F.normalize(vectors_BD.float(), dim=1).cpu().numpy()
 
 
-def save_random_embedder(texts: Sequence[str], folder: Path, *, width: int = 32, max_tokens: int = 128, seed: int = 0):
-    """Write a small BERT of random weights and a tokenizer trained on `texts`: for runs without pretrained weights."""
-    from tokenizers import BertWordPieceTokenizer, Tokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+def save_random_embedder(tokenizer, folder: Path, *, width: int = 32, max_tokens: int = 128, seed: int = 0) -> None:
+    """Write a small BERT of random weights as an embedder, for runs without pretrained ones.
+
+    `tokenizer` is one of `tokenizers` that knows <s> and <pad>, such as `train_tokenizer` makes.
+    """
+    from tokenizers import Tokenizer, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    pieces = BertWordPieceTokenizer()
-    pieces.train_from_iterator(sorted({*texts}), vocab_size=500, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=Tokenizer.from_str(pieces.to_str()), model_max_length=max_tokens)
+    start, pieces = ("<s>", tokenizer.token_to_id("<s>")), Tokenizer.from_str(tokenizer.to_str())
+    pieces.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    special = {"cls_token": "<s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=max_tokens, **special).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=pieces.get_vocab_size(), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=2 * width, max_position_embeddings=max_tokens, initializer_range=0.3,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
