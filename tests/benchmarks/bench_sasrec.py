@@ -11,6 +11,7 @@ of about those lengths.
 
 import argparse
 import gzip
+import itertools
 import os
 import sys
 import tempfile
@@ -278,8 +279,8 @@ def main() -> None:
         print("memory is the peak above what was resident before the first step.\n")
         print("| longest history | threads | by | targets / s | targets / CPU s | peak MiB | times ours, wall | CPU |")
         print("|--:|--:|---|--:|--:|--:|--:|--:|")
-        for length in (50, 200):
-            race(Path(folder), path, length, 1, peers, names)
+        for length, threads in itertools.product((50, 200), (1, 2)):
+            race(Path(folder), path, length, threads, peers, names)
 
 
 if __name__ == "__main__":
