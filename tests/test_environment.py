@@ -23,8 +23,9 @@ PINS = read_pins()
 
 
 def declared() -> dict[str, Requirement]:
-    """Return every direct dependency, those of the extras included, by canonical name."""
-    extras = (text for name, texts in PROJECT["optional-dependencies"].items() if name != "all" for text in texts)
+    """Return every direct dependency, those of the extras that `all` installs included, by canonical name."""
+    optional = PROJECT["optional-dependencies"]
+    extras = (text for name, texts in optional.items() if name not in ("all", "llama") for text in texts)
     requirements = map(Requirement, [*PROJECT["dependencies"], *extras])
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
