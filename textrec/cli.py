@@ -181,25 +181,54 @@ def claims(
 
 @app.command()
 def recommend(
-    run_dir: Annotated[Path, typer.Option("--run", help="The folder papermill_runs/<scale>/<NN>/seed<k>.")],
-    row: Annotated[str, typer.Option(help="The row of its table whose model is asked.")],
+    run_dir: Annotated[
+        Path | None, typer.Option("--run", help="The folder papermill_runs/<scale>/<NN>/seed<k>.")
+    ] = None,
+    row: Annotated[str, typer.Option(help="The row of its table whose model is asked.")] = "",
+    embedder: Annotated[str | None, typer.Option(help="Instead: a text embedder, on your own two files.")] = None,
+    interactions: Annotated[Path | None, typer.Option(help="Your own file, for --embedder: user, item, time.")] = None,
     user: Annotated[str | None, typer.Option(help="A user of the set, by your own id.")] = None,
     history: Annotated[list[str] | None, typer.Option(help="Items by your own ids, oldest first.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Items of the history may come back.")] = False,
-    items: Annotated[Path | None, typer.Option(help="Your own file, for a row that reads texts.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Your own file, for what reads texts.")] = None,
     at: Annotated[int | None, typer.Option(help="Time of the request, unix seconds; else the newest item's.")] = None,
 ) -> None:
     """Print the best next items with titles. For a user of the set, or any history; --items adds new ones.
 
-    A row that reads times, such as hstu, is told those of a user of the set and, with --at, that of the request.
+    A row that reads times, such as hstu, is told those of a user of the set and, with --at, that of the request. With
+    --embedder nothing is trained: your items and histories are read as texts, those that nobody had yet included.
 
     \b
     Examples:
       textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --user u7
       textrec recommend --run papermill_runs/smoke/01/seed0 --row sasrec_ce --history i3 i17 i4 -k 5
       textrec recommend --run papermill_runs/smoke/03/seed0 --row two_stage --user u7 --items new_items.jsonl
+      textrec recommend --embedder all-MiniLM-L6-v2 --interactions sales.csv --items products.jsonl --user u7
     """
+    if embedder:
+        if run_dir or row or not (interactions and items):
+            raise InputError("--embedder reads two files of your own: give --interactions and --items, and no --run")
+        from textrec.training.embedder_recommending import recommender_of_files
+
+        prepared, model, new = recommender_of_files(interactions, items, embedder_of(embedder), **store())
+        catalogue = prepared.catalogue
+    elif interactions or not (run_dir and row):
+        raise InputError("name a model: --run with --row, or --embedder with --interactions and --items")
+    else:
+        prepared, model, catalogue = model_of_run(run_dir, row, items)
+        new = range(prepared.num_items + 1, len(catalogue) + 1)
+    past, times = history_of(prepared, user, history, catalogue["item"])
+    told = {"times": times, "request_time": at} if times and getattr(model, "reads_times", False) else {}
+    if at is not None and not told:
+        raise InputError(f"--at {at}: expected a row that reads times, and --user, whose times the set knows")
+    for item, score in model.recommend(past, k, filter_seen=not keep_seen, **told):
+        entry, mark = catalogue.iloc[item - 1], "  (new)" if item in new else ""
+        typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}{mark}")
+
+
+def model_of_run(run_dir: Path, row: str, items: Path | None):
+    """Return the set of a run, the model of one of its rows, and the catalogue, with the new ones of `items` behind."""
     record, folder = run_dir / "record.json", run_dir / "rows" / row
     if not record.is_file():
         raise InputError(f"{run_dir} is no run folder: it holds no record.json")
@@ -215,19 +244,56 @@ def recommend(
         if items:
             catalogue = with_new_items(catalogue, items)
             model = model.over(catalogue)
-    elif items:
+        return prepared, model, catalogue
+    if items:
         raise InputError(f"--items needs a row with a model that reads texts, such as two_stage: {folder} holds none")
-    else:
-        from textrec.models.sequence_model import SequenceModel
+    from textrec.models import text_encoder  # noqa: F401 - rows of embedders hold its models
+    from textrec.models.sequence_model import SequenceModel
 
-        model = SequenceModel.from_pretrained(folder / "model")
-    past, times = history_of(prepared, user, history, catalogue["item"])
-    told = {"times": times, "request_time": at} if times and getattr(model, "reads_times", False) else {}
-    if at is not None and not told:
-        raise InputError(f"--at {at}: expected a row that reads times, and --user, whose times the set knows")
-    for item, score in model.recommend(past, k, filter_seen=not keep_seen, **told):
-        entry, mark = catalogue.iloc[item - 1], "  (new)" if item > prepared.num_items else ""
-        typer.echo(f"{score:8.3f}  {entry['item']}  {entry.get('title') or ''}{mark}")
+    return prepared, SequenceModel.from_pretrained(folder / "model"), catalogue
+
+
+@app.command()
+def embed(
+    items: Annotated[Path, typer.Argument(help="Your own file: item and its texts, a title first.")],
+    model: Annotated[str, typer.Option(help="A text embedder: a folder, a hub id, or all-MiniLM-L6-v2.")],
+    out: Annotated[
+        Path, typer.Option(help="The new file, .safetensors: a row for each item; its metadata has the ids.")
+    ],
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an item that are read; else what it can.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+) -> None:
+    """Write the vectors of an item file. Texts that were read before are not read again.
+
+    \b
+    Example:
+      textrec embed products.jsonl --model all-MiniLM-L6-v2 --out vectors.safetensors
+    """
+    from textrec.training.embedder_recommending import write_item_vectors
+
+    if not items.is_file():
+        raise InputError(f"{items} is not a file")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist")
+    encoder = embedder_of(model, max_tokens=max_tokens, device=device)
+    num_items, width = write_item_vectors(items, encoder, out, **store())
+    typer.echo(f"wrote {num_items:,} vectors of {width} numbers to {out}")
+
+
+def embedder_of(name: str, **settings):
+    from textrec.models.text_encoder import TextEncoder
+
+    return TextEncoder(name, **settings)
+
+
+def store() -> dict:
+    """Return where vectors are kept, and what tells how far the encoding is."""
+    from textrec.paths import DATA
+
+    def tell(done: int, wanted: int) -> None:
+        typer.echo(f"read {done:,} of {wanted:,} texts", err=True)
+
+    return {"folder": DATA / "vectors", "progress": tell}
 
 
 @app.command()
