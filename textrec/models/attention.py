@@ -303,7 +303,9 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:
     if type(linear) is nn.Linear:
         return linear.weight, linear.bias
     like = next(linear.parameters())
-    asked = linear(torch.eye(linear.in_features + 1, linear.in_features, dtype=like.dtype, device=like.device))
+    asked = torch.eye(linear.in_features + 1, linear.in_features, dtype=like.dtype, device=like.device)
+    with torch.autocast(like.device.type, enabled=False):  # in half precision a large bias would round the matrix away
+        asked = linear(asked)
     return (asked[:-1] - asked[-1]).T, asked[-1]
 
 
