@@ -100,6 +100,19 @@ def test_frozen_parts_are_not_trained():
     assert fixed == {"encoder.word_table.weight"} | {f"head.{name}" for name, _ in model.head.named_parameters()}
 
 
+def test_adapters_and_the_new_tables_alone_are_pretrained_and_what_is_saved_is_plain(sets, tmp_path):
+    training = replace(TRAINING, max_real_tokens=1, adapters={"rank": 2}, learning_rate=1e-2)
+    assert training.adapters.train_also == module.NEW_TABLES == replace(training).adapters.train_also
+    found = run(sets, tmp_path, training).model
+    seed_everything(0)
+    before = RecFormerForPretraining(SMALL).state_dict()
+    changed = {name for name, weight in found.state_dict().items() if not torch.equal(weight, before[name])}
+    tables = {"encoder.type_table.weight", "encoder.item_position_table.weight"}
+    assert tables < changed and "head.dense.weight" in changed
+    assert all("blocks" in name and name.endswith(".weight") for name in changed - tables - {"head.dense.weight"})
+    assert not any("norm" in name for name in changed)
+
+
 def test_the_work_of_the_published_size_is_six_operations_a_weight_and_token():
     config = RecFormerConfig(attention_window=64)
     per_layer = 4 * 768 * 768 + 2 * 768 * 3072  # global projections read one token each
@@ -131,7 +144,7 @@ def test_shared_rare_words_are_learnt_and_shuffled_texts_are_not(tmp_path):
     untrained = RecFormerForPretraining(config).encoder
     arms = {
         "zero-shot": (encoder, unseen), "permuted words": (permuted, unseen), "shuffled texts": (encoder, mixed),
-        "bag of words": (BagOfWords(encoder), unseen), "untrained": (untrained, unseen),
+        "bag of words": (BagOfWords.of(encoder), unseen), "untrained": (untrained, unseen),
     }  # fmt: skip
     ranks = {arm: text_ranks(*each, "test") for arm, each in arms.items()}
     own_items = item_table(encoder, unseen)

@@ -12,6 +12,7 @@ from training.text_sets import SMALL, brand_set
 from textrec.data.item_text import item_attributes
 from textrec.data.tokenizing import history_tokens, train_tokenizer
 from textrec.evaluation.metrics import chance_metrics, mean_metrics
+from textrec.models.attention import BandLayout
 from textrec.models.recformer import RecFormer
 from textrec.training import text_ranking
 from textrec.training.text_ranking import (
@@ -22,6 +23,8 @@ from textrec.training.text_ranking import (
     text_ranks,
     weights_digest,
     with_permuted_words,
+    with_random,
+    with_uniform_attention,
 )  # fmt: skip
 
 COPIES = [0, 0, 7, 7, 7]  # items 1 and 2 have one text, items 8, 41 and 100 another
@@ -134,7 +137,7 @@ def test_an_encoder_without_any_sense_stays_at_chance(texts, encoder, monkeypatc
 
 
 def test_a_bag_of_words_is_the_mean_word_and_ties_all_items_after_an_empty_history(texts, encoder):
-    bag = BagOfWords(encoder)
+    bag = BagOfWords.of(encoder)
     item = 3
     ids = texts.tokens.token_ids_T[texts.tokens.offsets_I1[item] : texts.tokens.offsets_I1[item + 1]]
     mean_D = encoder.word_table(torch.from_numpy(ids)).mean(0)
@@ -148,6 +151,47 @@ def test_permuted_words_are_the_same_vectors_elsewhere(encoder):
     assert not torch.equal(before, after)
     assert torch.equal(before.sum(1).sort().values, after.sum(1).sort().values)
     assert torch.equal(before, encoder.word_table.weight)
+
+
+def test_a_part_is_drawn_anew_and_the_rest_stays(encoder):
+    for part in ("word_table", "blocks"):
+        drawn, again, other = (with_random(encoder, part, seed) for seed in (0, 0, 1))
+        for name, weight in drawn.state_dict().items():
+            same = torch.equal(weight, encoder.state_dict()[name])
+            assert same or name.startswith(part), name
+        name = "word_table.weight" if part == "word_table" else "blocks.1.attention.key_global.weight"
+        weights = [each.state_dict()[name] for each in (encoder, drawn, other)]
+        assert torch.equal(drawn.state_dict()[name], again.state_dict()[name])
+        torch.manual_seed(0)
+        assert not torch.equal(weights[1], RecFormer(SMALL).state_dict()[name])  # as a training with this seed begins
+        assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+        assert weights[1].std() == pytest.approx(SMALL.initial_std, rel=0.2)
+        if part == "word_table":
+            assert not weights[1][SMALL.padding_id].any()
+
+
+@pytest.mark.parametrize("path", ["dense", "blocked"])
+def test_uniform_attention_is_the_mean_of_what_a_token_may_see(encoder, path):
+    source, lengths_B = torch.Generator().manual_seed(0), torch.tensor([1, 30, 9])
+    hidden_TD, layout = torch.randn(40, 16, generator=source), BandLayout.of(lengths_B, 8, 2, path)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    learnt, uniform = (each.eval().blocks[0].attention for each in (encoder, with_uniform_attention(encoder)))
+    expected = []
+    for start, length in ((0, 1), (1, 30), (31, 9)):
+        for place in range(length):
+            seen = {0, *range(max(place - 4, 0), min(place + 5, length))} if place else range(length)
+            value = uniform.value if place else uniform.value_global
+            expected.append(value(hidden_TD[[start + each for each in seen]]).mean(0))
+    torch.testing.assert_close(uniform(hidden_TD, layout), torch.stack(expected), atol=1e-5, rtol=0)
+    assert (learnt(hidden_TD, layout) - torch.stack(expected)).abs().max() > 0.1
+    first_BD = uniform(hidden_TD, layout, first_only=True)
+    torch.testing.assert_close(first_BD, torch.stack(expected)[layout.starts_B], atol=1e-5, rtol=0)
+
+
+def test_a_bag_of_words_is_saved_and_loaded(encoder, tmp_path):
+    BagOfWords.of(encoder).save_pretrained(tmp_path)
+    assert torch.equal(BagOfWords.from_pretrained(tmp_path).word_table.weight, encoder.word_table.weight)
 
 
 def test_what_a_checkpoint_remembers_changes_with_any_token(texts):

@@ -11,7 +11,8 @@ from textrec.models.recformer import RecFormer
 from textrec.schema import InputError
 from textrec.training import text_rows
 from textrec.training.text_ranking import TextSet, item_table, text_ranks
-from textrec.training.text_rows import TEXT_ROWS, _config, run_text_rows
+from textrec.training.text_recommending import text_recommender
+from textrec.training.text_rows import TEXT_ROWS, _config, run_text_rows, trained_parameters
 from textrec.training.two_stage import TwoStageConfig
 
 BRIEF = {"all": {"max_epochs": 1, "batch_size": 12, "warmup_steps": 0}}
@@ -74,6 +75,44 @@ def test_a_language_model_is_tested_as_it_was_before_pretraining(texts, start, t
         run(None)
     skipped = run_text_rows(rows[:1], texts, start, seed=0, run_dir=tmp_path, skipped={rows[0]: "no such model"})
     assert (skipped[0].status, skipped[0].reason) == ("not_attempted", "no such model")
+
+
+def test_arms_take_words_or_attention_away_and_adapters_are_read_by_whatever_reads_finetuned_rows(
+    texts, start, tmp_path
+):
+    rows = ["zero_shot", "random_words", "random_blocks", "uniform_attention", "random_words_two_stage",
+            "uniform_attention_two_stage", "bag_of_words_two_stage", "frozen_encoder", "lora_ffn"]  # fmt: skip
+    brief = {"all": BRIEF["all"] | {"stages": (1,), "learning_rate": 1e-2}, "lora_ffn": {"adapters": {"rank": 2}}}
+    given = {"seed": 0, "run_dir": tmp_path, "overrides": brief}
+    results = {each.row: each for each in run_text_rows(rows, texts, start, **given)}
+    assert [each.status for each in results.values()] == ["ok"] * len(rows)
+    ranks = [tuple(each.ranks.kept.higher_U) for each in results.values()]
+    assert len(set(ranks)) == len(rows)
+    weights = {row: load_file(tmp_path / "rows" / row / "model" / "model.safetensors") for row in rows[4:]}
+    queries = [name for name in weights["lora_ffn"] if ".query" in name]
+    assert queries and not any(weights["uniform_attention_two_stage"][name].any() for name in queries)
+    before = start.state_dict()
+    for row, parts in (("frozen_encoder", ("word_table", "norm")), ("lora_ffn", ("enter.weight", "leave.weight"))):
+        changed = {name for name in before if not torch.equal(weights[row][name], before[name])}
+        assert changed and all(any(part in name for part in parts) for name in changed)
+    assert weights["bag_of_words_two_stage"].keys() == {"word_table.weight"}
+    assert (
+        results["lora_ffn"].parameters["adapters"] | {"rank": 2, "targets": "ffn"}
+        == results["lora_ffn"].parameters["adapters"]
+    )
+    found = text_recommender(tmp_path / "rows" / "lora_ffn", texts.prepared.catalogue, texts.prepared.fingerprint)
+    assert found.items_ID is not None and torch.equal(
+        found.encoder.blocks[0].enter.weight, weights["lora_ffn"]["blocks.0.enter.weight"]
+    )
+
+
+def test_trained_parameters_are_counted(start):
+    whole = sum(weight.numel() for weight in start.parameters())
+    of_ffn = 2 * 2 * 2 * (16 + 32)  # layers, maps, rank
+    counted = {row: trained_parameters(row, start, {"lora_ffn": {"adapters": {"rank": 2}}})
+               for row in ("zero_shot", "two_stage", "frozen_words", "bag_of_words_two_stage", "lora_ffn")}  # fmt: skip
+    assert counted == {"zero_shot": 0, "two_stage": whole, "frozen_words": whole - 400 * 16,
+                       "bag_of_words_two_stage": 400 * 16, "lora_ffn": of_ffn}  # fmt: skip
 
 
 def test_a_broken_row_is_a_row_with_its_reason(texts, start, tmp_path, monkeypatch):

@@ -11,12 +11,13 @@ from training.text_sets import SMALL, brand_set
 
 from textrec.data.item_text import item_attributes
 from textrec.data.tokenizing import train_tokenizer
+from textrec.models.adapters import load_adapters
 from textrec.models.recformer import RecFormer
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training import two_stage as module
 from textrec.training.text_ranking import TextSet, item_table, text_ranks
-from textrec.training.two_stage import FAITHFUL, Stage, TwoStageConfig, training_ends, two_stage
+from textrec.training.two_stage import FAITHFUL, Stage, TwoStageConfig, load_pair, training_ends, two_stage
 
 TRAINING = TwoStageConfig(max_epochs=4, batch_size=16, accumulate=2, learning_rate=1e-3, warmup_steps=2)
 
@@ -128,8 +129,9 @@ def test_patience_counts_evaluations(values, patience, every, evaluated, saved):
     assert not second.observe(0, stage.best) and second.observe(1, stage.best + 0.1) and second.best_epoch == 1
 
 
-def test_a_killed_run_equals_the_uninterrupted_one(texts, tmp_path, monkeypatch):
-    training = replace(TRAINING, max_epochs=2)
+@pytest.mark.parametrize("adapters", [None, {"rank": 2}])
+def test_a_killed_run_equals_the_uninterrupted_one(texts, tmp_path, monkeypatch, adapters):
+    training = replace(TRAINING, max_epochs=2, adapters=adapters)
     whole = run(texts, tmp_path / "whole", training)
     saves, real_save = [], module.SaveLast.on_train_epoch_end
 
@@ -171,6 +173,42 @@ def test_without_two_stages_the_table_is_that_of_the_start(texts, tmp_path):
     assert torch.equal(result.items_ID, item_table(model, texts))
     with pytest.raises(InputError, match="freeze or switched_off names 'words'"):
         run(texts, tmp_path, replace(TRAINING, freeze=("words",)))
+
+
+def test_adapters_go_on_in_stage_two_and_the_model_found_is_a_plain_one(texts, tmp_path, monkeypatch):
+    Watched(monkeypatch, [0.1, 0.2, 0.3, 0.4])
+    adapters = {"targets": "attn_global", "rank": 2, "train_also": ["type_table"]}
+    training = replace(TRAINING, max_epochs=2, learning_rate=1e-2, adapters=adapters)
+    result, before = run(texts, tmp_path, training), start().eval().state_dict()
+    plain = RecFormer.from_pretrained(tmp_path / "model")
+    changed = {name for name, weight in plain.state_dict().items() if not torch.equal(weight, before[name])}
+    adapted = {
+        f"blocks.{layer}.attention.{part}_global.weight" for layer in range(2) for part in ("query", "key", "value")
+    }
+    assert {"type_table.weight"} < changed <= {"type_table.weight", *adapted}
+    for name in changed - {"type_table.weight"}:
+        assert torch.linalg.matrix_rank(plain.state_dict()[name] - before[name], rtol=1e-4) <= 2
+    for number in (1, 2):  # what others load is merged
+        items_ID = load_pair(tmp_path / f"stage{number}" / "best.safetensors", loaded := RecFormer(SMALL))
+        same = all(torch.equal(weight, plain.state_dict()[name]) for name, weight in loaded.state_dict().items())
+        assert same == (number == 2) and torch.equal(items_ID, result.items_ID)
+    again = load_adapters(start(), tmp_path / "model" / "adapters.safetensors")
+    tables = [item_table(each, texts) for each in (again, plain, result.model)]
+    torch.testing.assert_close(tables[0], tables[1], atol=1e-5, rtol=0)
+    assert torch.equal(tables[1], tables[2]) and (tables[0] - item_table(start(), texts)).abs().max() > 1e-2
+
+
+def test_parts_are_frozen_by_patterns_and_found_or_refused():
+    model = start()
+    frozen = module.trainable(model, replace(TRAINING, freeze=("blocks.*.attention.query", "word_table")))
+    fixed = {name.removesuffix(".weight").removesuffix(".bias")
+             for name, weight in frozen.named_parameters() if not weight.requires_grad}  # fmt: skip
+    assert fixed == {"word_table", "blocks.0.attention.query", "blocks.1.attention.query"}
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(InputError, match=r"names 'blocks.\*.queries'"):
+        module.trainable(model, replace(TRAINING, freeze=("blocks.*.queries",)))
+    with pytest.raises(ValueError, match="targets='attention'"):
+        replace(TRAINING, adapters={"targets": "attention"})
 
 
 def test_a_share_of_the_users_is_part_of_every_larger_share(texts):

@@ -5,8 +5,8 @@ a step reads depends on the seed and its number alone: reshuffled passes over al
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import default_convert
 
 from textrec.data.examples import PretrainingExamples
 from textrec.evaluation.metrics import per_user_metrics
+from textrec.models.adapters import AdapterConfig, merged, with_adapters
 from textrec.models.recformer import RecFormerConfig, RecFormerForPretraining
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
@@ -30,6 +31,7 @@ from textrec.training.text_ranking import TextSet, evaluating, item_table, text_
 from textrec.training.trainer import LOGGER, SaveLast, loggers_of, quiet_lightning, sum_over_processes
 
 FAITHFUL = {"mask_duplicates": False, "faithful_masking": True}  # the published code's habits
+NEW_TABLES = ("type_table", "item_position_table")  # which no language model brings
 SELECTIONS = ("in_batch", "zero_shot", "last")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, of the SXM cards
 
@@ -52,6 +54,7 @@ class PretrainingConfig:
     mask_duplicates: bool = True  # copies of one's own target are no negatives
     faithful_masking: bool = False  # see `mask_words`
     freeze_word_table: bool = True  # as the published script does
+    adapters: AdapterConfig | None = None  # also given as a mapping; they and NEW_TABLES alone are trained
     interactions: str = "all"  # all (the published rule) | train: the training part alone
     validate_every_steps: int = 500
     checkpoint_every_steps: int | None = None  # by default with every validation
@@ -63,6 +66,10 @@ class PretrainingConfig:
     strategy: str = "auto"
 
     def __post_init__(self):
+        if self.adapters is not None:
+            given = AdapterConfig(**self.adapters) if isinstance(self.adapters, Mapping) else self.adapters
+            train_also = tuple(dict.fromkeys((*given.train_also, *NEW_TABLES)))
+            object.__setattr__(self, "adapters", replace(given, train_also=train_also))
         allowed = {"precision": PRECISIONS, "strategy": STRATEGIES, "select_by": SELECTIONS,
                    "interactions": ("all", "train")}  # fmt: skip
         for name, values in allowed.items():
@@ -205,7 +212,7 @@ class PretrainingMonitor(Callback):
                 if step and value[self.training.select_by] > self.best:
                     self.best = value[self.training.select_by]
                     if trainer.is_global_zero:
-                        model.save_pretrained(self.folder / "model")
+                        merged(model).save_pretrained(self.folder / "model")
         if step:
             cpu_s = time.process_time() - self.cpu_started
             self.cpu_s += sum_over_processes(trainer, cpu_s)[0]
@@ -280,6 +287,9 @@ def pretrain(
         zero_shot,
         peak_flops,
     )
+    if training.adapters:
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        model = with_adapters(model, training.adapters)
     module, last = PretrainingModule(model, training, seed), folder / "last.ckpt"
     with quiet_lightning():
         trainer = trainer_for(

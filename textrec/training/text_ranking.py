@@ -32,6 +32,8 @@ from textrec.data.tokenizing import (
 )  # fmt: skip
 from textrec.data.vectors import text_vectors
 from textrec.evaluation.ranking import Ranks, VectorScorer, rank_targets
+from textrec.models.recformer import RecFormer, RecFormerConfig
+from textrec.models.saving import Saved
 from textrec.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -228,12 +230,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.train(was_training)
 
 
-class BagOfWords(nn.Module):
+class BagOfWords(Saved, nn.Module):
     """The mean word vector of all tokens of a history, keys included: what a word table says without its encoder."""
 
-    def __init__(self, encoder: nn.Module):
+    config_class = RecFormerConfig
+
+    def __init__(self, config: RecFormerConfig):
         super().__init__()
-        self.config, self.word_table = encoder.config, encoder.word_table
+        self.config = config
+        self.word_table = nn.Embedding(config.vocabulary_size, config.hidden_size, padding_idx=config.padding_id)
+
+    @classmethod
+    def of(cls, encoder: RecFormer) -> "BagOfWords":
+        """Return what the words of `encoder` say; the table is shared."""
+        bag = cls(encoder.config)
+        bag.word_table = encoder.word_table
+        return bag
 
     def encode(self, token_ids_T: Tensor, type_ids_T: Tensor, item_positions_T: Tensor, lengths_B: Tensor) -> Tensor:
         """Return the means (B, D); an empty history's is zero, so that all items tie."""
@@ -251,3 +263,24 @@ def with_permuted_words(encoder: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         weight.copy_(weight[torch.randperm(len(weight), generator=source).to(weight.device)])
     return permuted
+
+
+def with_random(encoder: RecFormer, part: str, seed: int) -> RecFormer:
+    """Return a copy of which a part (word_table, blocks) is drawn anew, not as the seed begins a training."""
+    drawn = copy.deepcopy(encoder)
+    torch.manual_seed(derive_seed(seed, "random", part))
+    drawn.get_submodule(part).load_state_dict(RecFormer(encoder.config).get_submodule(part).state_dict())
+    return drawn
+
+
+def with_uniform_attention(encoder: RecFormer) -> RecFormer:
+    """Return a copy in which a token takes the mean of the values it may see, whatever they are: its queries are zero.
+
+    Zero queries give their keys no gradient, so that attention stays uniform in a training that freezes the queries.
+    """
+    uniform = copy.deepcopy(encoder)
+    for block in uniform.blocks:
+        for query in (block.attention.query, block.attention.query_global):
+            query.weight.data.zero_()
+            query.bias.data.zero_()
+    return uniform

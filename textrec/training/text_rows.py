@@ -18,14 +18,22 @@ from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training.rows import RowResult, cached_row
 from textrec.training.text_launch import two_stage_in_processes
-from textrec.training.text_ranking import BagOfWords, TextSet, text_ranks, weights_digest, with_permuted_words
-from textrec.training.two_stage import FAITHFUL, TwoStageConfig, two_stage
+from textrec.training.text_ranking import (
+    BagOfWords,
+    TextSet,
+    text_ranks,
+    weights_digest,
+    with_permuted_words,
+    with_random,
+    with_uniform_attention,
+)  # fmt: skip
+from textrec.training.two_stage import FAITHFUL, TwoStageConfig, trainable, two_stage
 
 _CODE = [ROOT / "textrec" / name for name in (
     "data/histories.py", "data/item_text.py", "data/tokenizing.py", "data/examples.py", "evaluation/metrics.py",
-    "evaluation/ranking.py", "models/attention.py", "models/recformer.py", "seeding.py", "training/batches.py",
-    "training/losses.py", "training/optimizers.py", "training/strategies.py", "training/text_batches.py",
-    "training/text_ranking.py", "training/two_stage.py",
+    "evaluation/ranking.py", "models/adapters.py", "models/attention.py", "models/recformer.py", "seeding.py",
+    "training/batches.py", "training/losses.py", "training/optimizers.py", "training/strategies.py",
+    "training/text_batches.py", "training/text_ranking.py", "training/two_stage.py",
 )]  # fmt: skip
 
 
@@ -34,19 +42,34 @@ class TextRow:
     """What a row is, and the one thing in which it differs from `two_stage`, or from `zero_shot` where untrained."""
 
     changed: str
-    start: str = "pretrained"  # pretrained | backbone | permuted_words | bag_of_words | random
+    start: str = "pretrained"  # pretrained | backbone | one of STARTS
     texts: str = "own"  # own | shuffled: each item gets some item's text
     finetuned: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+STARTS: dict[str, Callable[[RecFormer, int], Any]] = {
+    "random": lambda start, seed: RecFormer(start.config),
+    "random_words": lambda start, seed: with_random(start, "word_table", seed),
+    "random_blocks": lambda start, seed: with_random(start, "blocks", seed),
+    "permuted_words": with_permuted_words,
+    "uniform_attention": lambda start, seed: with_uniform_attention(start),
+    "bag_of_words": lambda start, seed: BagOfWords.of(start),
+}
 TABLES = ("item_position_table", "type_table")
+QUERIES = ("blocks.*.attention.query", "blocks.*.attention.query_global")
+ENCODER = (  # all but words and norms
+    "position_table", *TABLES, *(f"blocks.*.{part}" for part in ("attention", "attention_output", "enter", "leave")),
+)  # fmt: skip
 TEXT_ROWS = {
     "zero_shot": TextRow("reference of the untrained rows", finetuned=False),
     "bag_of_words": TextRow("mean word vector, no encoder", start="bag_of_words", finetuned=False),
     "permuted_words": TextRow("word vectors exchanged", start="permuted_words", finetuned=False),
     "shuffled_texts": TextRow("texts exchanged between items", texts="shuffled", finetuned=False),
     "random_encoder": TextRow("no pretraining", start="random", finetuned=False),
+    "random_words": TextRow("word vectors drawn anew", start="random_words", finetuned=False),
+    "random_blocks": TextRow("attention and feed-forward drawn anew", start="random_blocks", finetuned=False),
+    "uniform_attention": TextRow("a mean for attention", start="uniform_attention", finetuned=False),
     "language_model": TextRow("no pretraining on histories", start="backbone", finetuned=False),
     "two_stage": TextRow("reference"),
     "two_stage_faithful": TextRow("the published code's habits", settings=FAITHFUL),
@@ -56,6 +79,26 @@ TEXT_ROWS = {
     ),
     "stage_one_alone": TextRow("no second stage", settings={"stages": (1,)}),
     "frozen_words": TextRow("word table frozen", settings={"freeze": ("word_table",)}),
+    "frozen_encoder": TextRow("words and norms trained alone", settings={"freeze": ENCODER}),
+    "random_words_two_stage": TextRow("word vectors drawn anew", start="random_words"),
+    "random_blocks_two_stage": TextRow("attention and feed-forward drawn anew", start="random_blocks"),
+    "permuted_words_two_stage": TextRow("word vectors exchanged", start="permuted_words"),
+    "uniform_attention_two_stage": TextRow(
+        "a mean for attention", start="uniform_attention", settings={"freeze": QUERIES}
+    ),
+    "bag_of_words_two_stage": TextRow("mean word vector, no encoder", start="bag_of_words"),
+    "lora_all": TextRow("adapters alone", settings={"adapters": {}}),
+    "lora_attn_local": TextRow("adapters of the window's attention", settings={"adapters": {"targets": "attn_local"}}),
+    "lora_attn_global": TextRow(
+        "adapters of the start token's attention", settings={"adapters": {"targets": "attn_global"}}
+    ),
+    "lora_attn": TextRow("adapters of attention", settings={"adapters": {"targets": "attn"}}),
+    "lora_ffn": TextRow("adapters of the feed-forward net", settings={"adapters": {"targets": "ffn"}}),
+    "lora_rank2": TextRow("adapters of rank 2", settings={"adapters": {"rank": 2, "alpha": 4.0}}),
+    "lora_rank32": TextRow("adapters of rank 32", settings={"adapters": {"rank": 32, "alpha": 64.0}}),
+    "lora_words": TextRow("adapters and word table", settings={"adapters": {"train_also": ("word_table",)}}),
+    "lora_dora": TextRow("adapters of direction and length", settings={"adapters": {"dora": True}}),
+    "lora_rslora": TextRow("adapters times alpha / sqrt(rank)", settings={"adapters": {"rslora": True}}),
     "no_item_positions_and_types": TextRow("two tables switched off", settings={"switched_off": TABLES}),
     "no_pretraining": TextRow("random weights", start="random"),
     "language_model_two_stage": TextRow("no pretraining on histories", start="backbone"),
@@ -105,11 +148,21 @@ def _config(row: str, overrides: Mapping) -> TwoStageConfig | None:
             if name not in known:
                 hint = closest(name, known)
                 raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
+            value = {**(settings.get(name) or {}), **value} if isinstance(value, Mapping) else value
             settings[name] = tuple(value) if isinstance(value, list) else value
     try:
         return TwoStageConfig(**settings) if TEXT_ROWS[row].finetuned else None
     except (ValueError, TypeError) as error:
         raise InputError(f"row {row!r}: {error}") from error
+
+
+def trained_parameters(row: str, start: RecFormer, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> int:
+    """Return how many numbers the training of a row changes; 0 for an untrained one."""
+    training, place = _config(row, overrides or {}), TEXT_ROWS[row].start
+    if training is None:
+        return 0
+    model = trainable(STARTS[place](start, 0) if place in STARTS else start, training)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _ranked(row, training, texts: TextSet, start: RecFormer, seed, folder, device, devices, progress):
@@ -120,11 +173,7 @@ def _ranked(row, training, texts: TextSet, start: RecFormer, seed, folder, devic
         texts = TextSet.of(texts.prepared, texts.tokenizer, attributes=attributes, faithful=texts.faithful)
     if preset.start == "random":
         seed_everything(seed)
-    make: dict[str, Callable] = {
-        "permuted_words": lambda: with_permuted_words(start, seed), "random": lambda: RecFormer(start.config),
-        "bag_of_words": lambda: BagOfWords(start),
-    }  # fmt: skip
-    model = make.get(preset.start, lambda: start)()
+    model = STARTS[preset.start](start, seed) if preset.start in STARTS else start
     if training is None:
         return text_ranks(model.to(device), texts, "test"), [], (0, 0.0)
     if devices > 1:

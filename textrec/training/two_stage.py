@@ -8,7 +8,9 @@ beat that value.
 import copy
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from textrec.data.examples import FinetuningExamples
 from textrec.data.files import replacing
 from textrec.evaluation.metrics import per_user_metrics
+from textrec.models.adapters import AdapterConfig, adapter_layers, merged, save_adapters, trained_state, with_adapters
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
 from textrec.training import losses
@@ -56,7 +59,8 @@ class TwoStageConfig:
     gradient_clip: float | None = 1.0  # global norm
     shared_schedule: bool = False  # one optimizer and one decay over both stages: the rate of stage 2 may be zero
     num_negatives: int = 0  # uniform ones, with the logQ correction; 0: the softmax over all items
-    freeze: tuple[str, ...] = ()  # parts of the model that are not trained, e.g. word_table
+    adapters: AdapterConfig | None = None  # also given as a mapping; they and their `train_also` alone are trained
+    freeze: tuple[str, ...] = ()  # parts that are not trained, e.g. word_table, blocks.*.attention
     switched_off: tuple[str, ...] = ()  # tables set to zero and kept there, e.g. item_position_table, type_table
     train_share: float = 1.0  # of the users with training interactions; a smaller share is part of a larger one
     empty_histories: bool = False  # the first item of a history may be the target, too
@@ -68,6 +72,8 @@ class TwoStageConfig:
     strategy: str = "auto"
 
     def __post_init__(self):
+        if isinstance(self.adapters, Mapping):
+            object.__setattr__(self, "adapters", AdapterConfig(**self.adapters))
         allowed = {"precision": PRECISIONS, "strategy": STRATEGIES, "stages": ((1, 2), (1,), (2,))}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -126,8 +132,6 @@ class TwoStageModule(DistributedModule):
         super().__init__()
         self.model, self.training_config, self.seed, self.stage = model.train(), training, seed, stage
         self.total_steps, self.carried = total_steps, carried  # steps and optimizer state of an earlier stage
-        for name in training.freeze + training.switched_off:
-            model.get_submodule(name).requires_grad_(False)
         self.start_counting()
 
     def start_counting(self) -> None:
@@ -250,21 +254,27 @@ def validate(model, texts: TextSet, items_ID: Tensor, training: TwoStageConfig, 
 
 
 def save_pair(path: Path, model: nn.Module, items_ID: Tensor) -> None:
-    """Write M' and I' into one file that appears whole or not at all: neither is of use with another's partner."""
+    """Write M' and I' into one file that appears whole or not at all: neither is of use with another's partner.
+
+    Adapters are written merged, as the M' that others load, and as they are, for stage 2 to go on from.
+    """
     from safetensors.torch import save_file
 
-    pair = {f"model.{name}": weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+    parts = {"model": merged(model).state_dict(), "adapters": trained_state(model) if adapter_layers(model) else {}}
+    pair = {f"{part}.{name}": weight.detach().cpu().clone() for part in parts for name, weight in parts[part].items()}
     with replacing(path) as partial:
         save_file(pair | {"items_ID": items_ID.cpu().contiguous()}, partial)
 
 
 def load_pair(path: Path, model: nn.Module) -> Tensor:
-    """Fill `model` with M' and return I'."""
+    """Fill `model` with M', or with its adapters where it has any, and return I'."""
     from safetensors.torch import load_file
 
     pair = load_file(path)
     items_ID = pair.pop("items_ID")
-    model.load_state_dict({name.removeprefix("model."): weight for name, weight in pair.items()})
+    part = "adapters." if adapter_layers(model) else "model."
+    weights = {name.removeprefix(part): weight for name, weight in pair.items() if name.startswith(part)}
+    model.load_state_dict(weights, strict=part == "model.")
     return items_ID
 
 
@@ -288,15 +298,13 @@ def two_stage(
 ) -> Finetuned:  # fmt: skip
     """Finetune a copy of `model` (a `RecFormer`), resuming from the last epoch that `folder` holds.
 
-    The model found is in `folder/model`, with its tokenizer, and with its table in the `best.safetensors` of its stage.
-    Raises `InputError` where a checkpoint belongs to another run, or where there is nothing to train on.
+    The model found is in `folder/model`, beside its tokenizer and its adapters, if any, which are merged into it; its
+    table is in the `best.safetensors` of its stage. Raises `InputError` where a checkpoint belongs to another run, or
+    where there is nothing to train on.
     """
     folder, model = Path(folder), copy.deepcopy(model).cpu()
-    for name in training.freeze + training.switched_off:
-        if not hasattr(model, name):
-            raise InputError(f"freeze or switched_off names {name!r}, which {type(model).__name__} does not have")
-    for name in training.switched_off:
-        model.get_submodule(name).weight.data.zero_()
+    for table in _parts(model, training.switched_off):
+        table.weight.data.zero_()
     identity = texts.identity | {
         "model": asdict(model.config), "training": asdict(training), "start": weights_digest(model), "seed": seed
     }  # fmt: skip
@@ -307,7 +315,8 @@ def two_stage(
     )  # fmt: skip
     result, carried = Finetuned(copy.deepcopy(model), torch.empty(0), best=-1.0), (0, None)
     for number in training.stages:
-        current, place = copy.deepcopy(model), folder / f"stage{number}"
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        current, place = trainable(model, training), folder / f"stage{number}"
         items_ID = load_pair(result.pair, current) if result.pair else None
         if number == 2 and not result.pair:
             whole = result.model.to(_own_device(device))
@@ -327,8 +336,26 @@ def two_stage(
     items_ID = load_pair(result.pair, result.model.cpu())
     result.model.eval().save_pretrained(folder / "model")
     save_tokenizer(texts.tokenizer, folder / "model")
+    if training.adapters:
+        load_pair(result.pair, adapted := trainable(model, training))
+        save_adapters(adapted, folder / "model" / "adapters.safetensors")
     result.model, result.items_ID = (each.to(_own_device(device)) for each in (result.model, items_ID))
     return result
+
+
+def trainable(model: nn.Module, training: TwoStageConfig) -> nn.Module:
+    """Return a copy with its adapters, if any, and without gradients for what is frozen or switched off."""
+    model = with_adapters(model, training.adapters) if training.adapters else copy.deepcopy(model)
+    for part in _parts(model, training.freeze + training.switched_off):
+        part.requires_grad_(False)
+    return model
+
+
+def _parts(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    found = {name: [part for path, part in model.named_modules() if fnmatchcase(path, name)] for name in names}
+    for name in (name for name, parts in found.items() if not parts):
+        raise InputError(f"freeze or switched_off names {name!r}, which {type(model).__name__} does not have")
+    return [part for parts in found.values() for part in parts]
 
 
 def _own_device(device: str) -> torch.device:
