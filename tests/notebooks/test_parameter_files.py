@@ -70,6 +70,17 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
             rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
         gates = {name.removesuffix("_cold_items") for gate in values["gates"] for name in gate}
         assert gates <= {*order, *ids} and {len(gate) for gate in values["gates"]} == {2}
+    if number == "04":
+        PretrainingConfig(**values["pretraining"])
+        (full, *others), adapters = values["arms"].values(), values["adapters"]
+        order = {row for arm in values["arms"].values() for row in arm[1:] if row} | {*adapters}
+        assert full[1:] == ["zero_shot", "two_stage"] and all(len(arm) == 3 for arm in others)
+        assert {*values["overrides"], *values["skipped"]} <= {"all", *order}
+        for row in order:
+            training = text_rows._config(row, values["overrides"])
+            assert bool(training and training.adapters) == (row in adapters)
+        assert {row for pair in values["gates"] for row in pair} <= order
+        assert values["reductions"].keys() == {"dropped", "pruned"}
     if number == "07":
         PretrainingConfig(**values["pretraining"])
         text_rows._config("stage_one_alone", {"all": values["finetuning"]})

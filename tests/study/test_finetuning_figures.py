@@ -3,9 +3,11 @@
 import types
 
 import matplotlib
+import numpy as np
 import pytest
 from study.invented import PROTOCOL, estimate, failed, ranks, record, row
 
+from textrec.evaluation.metrics import per_user_metrics
 from textrec.study import finetuning_figures as figures
 
 matplotlib.use("Agg")
@@ -92,3 +94,41 @@ def test_a_row_has_one_colour_in_every_panel():
         [("x", "y", figures.run_lines(results)), ("x", "y", figures.run_lines(only_b))]
     ).axes
     assert both.lines[1].get_color() == single.lines[0].get_color() != both.lines[0].get_color()
+
+
+ARMS = {"full": ["nothing", "zero_shot", "two_stage"], "random": ["words", "random_words", ""],
+        "frozen": ["training", "", "frozen_words"], "not run": ["words", "permuted_words", ""]}  # fmt: skip
+
+
+def arm_ranks():
+    chance = np.random.default_rng(0)
+    places = {"zero_shot": 20, "random_words": 90, "two_stage": 12, "frozen_words": 15}
+    return {row: [ranks(chance.integers(0, most, 400))] for row, most in places.items()}
+
+
+def test_an_arm_is_the_ratio_of_means_over_the_same_users_with_a_paired_interval():
+    found = arm_ranks()
+    means = {row: per_user_metrics(each.filtered, ks=(10,))["ndcg@10"].mean() for row, (each,) in found.items()}
+    before, after = figures.arm_data(ARMS, found)
+    assert [row["row"] for row in before["rows"]] == ["full", "random"]
+    assert [(row["row"], row["kind"]) for row in after["rows"]] == [("full", "nothing"), ("frozen", "training")]
+    assert [before["rows"][0][part] for part in ("value", "low", "high")] == [1.0, 1.0, 1.0]  # paired with itself
+    random = before["rows"][1]
+    assert random["value"] == pytest.approx(means["random_words"] / means["zero_shot"])
+    assert random["low"] < random["value"] < random["high"] < 1.0
+    nobody = [ranks(np.full(400, 50))]
+    assert np.isnan(figures.paired_ratio(found["zero_shot"], nobody)["value"])
+
+
+def test_arms_stand_in_one_order_in_all_panels_beside_a_line_at_the_first():
+    panels = figures.arm_data(ARMS, arm_ranks())
+    panels.append({"title": "size", "xlabel": "parameters", "log": True,
+                   "rows": [{"row": "frozen", "kind": "training", "value": 10.0}]})  # fmt: skip
+    figure = figures.plot_arms(panels, legend="taken away")
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["full", "random", "frozen"]
+    places = [[tuple(float(x) for x in line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "o"]
+              for axes in figure.axes]  # fmt: skip
+    assert [[y for _, y in points] for points in places] == [[0.0, -1.0], [0.0, -2.0], [-2.0]]
+    lines = [line.get_xdata()[0] for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert lines == [1.0, 1.0, 10.0] and figure.axes[2].get_xscale() == "log"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["nothing", "words", "training"]

@@ -1,10 +1,13 @@
-"""Figures of finetuned text models: rows under both rules for seen items, and lines over slices, shares and limits."""
+"""Figures of finetuned text models: rows under both rules for seen items, lines over slices and limits, arms."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from textrec.study.figures import WIDTH, colours, house_style, plot_ladder, published_levels
+from textrec.evaluation.metrics import per_user_metrics
+from textrec.evaluation.ranking import Ranks
+from textrec.evaluation.significance import bootstrap_interval
+from textrec.study.figures import GREY, PALETTE, WIDTH, colours, house_style, plot_ladder, published_levels
 from textrec.study.records import Record, intervals
 from textrec.study.tables import merged_rows
 
@@ -80,4 +83,65 @@ def plot_lines(panels: Sequence[tuple[str, str, Sequence[Mapping]]]):
             axes.xaxis.set_minor_locator(plt.NullLocator())
             axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, fontsize=8)
+    return figure
+
+
+def paired_ratio(first: Sequence[Ranks], second: Sequence[Ranks], metric: str = "ndcg@10") -> dict[str, float]:
+    """Return the mean of first over that of second, for the same users, seed by seed, with its 95 % interval.
+
+    The interval is that of the ratio's linear part, the mean of first - ratio * second. Without any hit of second there
+    is no ratio: nan.
+    """
+    ks = (int(metric.partition("@")[2] or 1),)
+    a_SU, b_SU = (np.stack([per_user_metrics(r.filtered, ks=ks)[metric] for r in side]) for side in (first, second))
+    if not b_SU.any():
+        return dict.fromkeys(("value", "low", "high"), float("nan"))
+    ratio = a_SU.mean() / b_SU.mean()
+    low, high = bootstrap_interval(a_SU - ratio * b_SU)
+    return {"value": float(ratio)} | {k: float(ratio + x / b_SU.mean()) for k, x in (("low", low), ("high", high))}
+
+
+def arm_data(arms: Mapping[str, Sequence[str]], ranks: Mapping[str, Sequence[Ranks]]) -> list[dict]:
+    """Return panels for `plot_arms`: the ndcg@10 of every arm relative to the first one's, as pretrained and finetuned.
+
+    `arms` gives by name what was taken away, the row as pretrained and the row finetuned, empty where there is none.
+    """
+    panels = []
+    for place, title in ((1, "as pretrained"), (2, "finetuned")):
+        reference = ranks.get(next(iter(arms.values()))[place])
+        found = [(name, arm[0], ranks[arm[place]]) for name, arm in arms.items() if reference and arm[place] in ranks]
+        rows = [{"row": name, "kind": kind} | paired_ratio(own, reference) for name, kind, own in found]
+        panels.append({"title": title, "xlabel": "relative ndcg@10", "from_zero": True, "rows": rows})
+    return panels
+
+
+def plot_arms(panels: Sequence[Mapping], *, legend: str):
+    """Draw panels {title, xlabel, rows, from_zero?, log?} side by side, with the same rows from top to bottom.
+
+    Rows are {row, kind, value, low?, high?}, coloured by their kind; a dashed line marks the first one's value.
+    """
+    import matplotlib.pyplot as plt
+
+    with house_style():
+        rows = [row for panel in panels for row in panel["rows"]]
+        names, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("row", "kind"))
+        colour = dict(zip(kinds, (GREY, *PALETTE), strict=False))
+        figure, several = plt.subplots(1, len(panels), figsize=(WIDTH, 1.3 + 0.28 * len(names)), sharey=True)
+        for axes, panel in zip(several, panels, strict=True):
+            for row in panel["rows"]:
+                y, shade = -names.index(row["row"]), colour[row["kind"]]
+                axes.hlines(y, row.get("low", np.nan), row.get("high", np.nan), color=shade, linewidth=2.4)
+                axes.plot(row["value"], y, "o", color=shade, markersize=6)
+            axes.axvline(
+                panel["rows"][0]["value"] if panel["rows"] else np.nan, color=GREY, linestyle="--", linewidth=1
+            )
+            axes.set_xscale("log" if panel.get("log") else "linear")
+            axes.set_xlim(left=0 if panel.get("from_zero") else None)
+            axes.set_title(panel["title"])
+            axes.set_xlabel(panel["xlabel"])
+            axes.set_yticks([-place for place in range(len(names))], names)
+            axes.grid(axis="y", visible=False)
+        handles = [plt.Line2D([], [], marker="o", color=colour[kind]) for kind in kinds]
+        style = {"fontsize": 8, "title_fontsize": 8, "loc": "outside upper center", "ncols": 4}
+        figure.legend(handles, kinds, title=legend, **style)
     return figure
