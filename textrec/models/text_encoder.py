@@ -89,8 +89,10 @@ class TextEncoder(nn.Module):
         features = {"input_ids": ids_BL, "attention_mask": real_BL.astype(np.int64)}
         features = {name: torch.from_numpy(values).to(device) for name, values in features.items()}
         if pooling == "own":
-            if prompt:  # some poolings leave it out: its tokens, without the special one that ends them
-                features["prompt_length"] = len(self.model.tokenizer(prompt)["input_ids"]) - 1
+            if prompt:  # some poolings leave it out: its tokens, without a special one that ends them
+                prompt_ids = self.model.tokenizer(prompt)["input_ids"]
+                ends = prompt_ids[-1] in self.model.tokenizer.all_special_ids
+                features["prompt_length"] = len(prompt_ids) - ends
             vectors_BD = self.model(features)["sentence_embedding"]
         else:
             read = self.model.transformers_model(**features)

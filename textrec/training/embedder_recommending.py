@@ -49,4 +49,4 @@ def recommender_of_files(
     table_ID = F.pad(encoded(encoder, texts, "document", folder=folder, progress=progress).vectors, (0, 0, 1, 0))
     config = VectorModelConfig(num_items=prepared.num_items, embedding_dim=table_ID.shape[1])
     counts_I = np.bincount(prepared.histories.items_E, minlength=prepared.num_items + 1)
-    return prepared, VectorModel(config, table_ID).eval(), set(np.flatnonzero(counts_I == 0).tolist())
+    return prepared, VectorModel(config, table_ID).eval(), set((np.flatnonzero(counts_I[1:] == 0) + 1).tolist())

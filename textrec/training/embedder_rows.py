@@ -125,7 +125,7 @@ def history_texts(
     firsts_U = lasts_U - np.minimum(ends_U, max_items)
     if encoder is not None:
         around = len(encoder.tokenize([""], side)[0])  # special tokens and the prompt
-        pieces = encoder.tokenize([text + separator for text in texts], side)
+        pieces = encoder.tokenize([separator + text for text in texts], side)
         lengths_I = np.array([0, *(len(each) - around for each in pieces)])
         before_E1 = np.concatenate([[0], np.cumsum(lengths_I[items_E])])
         room = encoder.max_tokens - around
