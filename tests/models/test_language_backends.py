@@ -94,6 +94,15 @@ def test_what_may_follow_by_hand():
         [1, 3], [2, 9], [1, 3], [2], [1], [0], [0]]  # fmt: skip
 
 
+def test_a_gguf_file_answers_as_the_folder_it_was_made_from(folder, model):
+    other = TransformersModel(folder / "model.gguf")
+    prompts, decoding = TITLES[:3], Decoding(8)
+    np.testing.assert_allclose(other.embed(TEXTS), model.embed(TEXTS), atol=1e-5)
+    assert other.generate(prompts, decoding) == model.generate(prompts, decoding)
+    kept = Decoding(choices=choices(5))
+    assert other.generate(prompts, kept) == model.generate(prompts, kept)
+
+
 def test_the_identity_names_weights_and_precision_and_not_the_layout(folder, model, tmp_path):
     others = [TransformersModel(folder, dtype="float64"), TransformersModel(tiny(tmp_path, seed=1)),
               TransformersModel(folder / "model.gguf")]  # fmt: skip

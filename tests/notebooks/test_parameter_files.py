@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from textrec.data.preparing import find_recipe
+from textrec.models.language_servers import KINDS
 from textrec.models.recformer import PRESETS as RECFORMERS
 from textrec.paths import NOTEBOOKS, PARAMETERS
 from textrec.study.claims import load_claims
@@ -22,6 +23,7 @@ from textrec.study.parameters import (
 from textrec.training import rows, text_rows
 from textrec.training.presets import PRESETS
 from textrec.training.pretraining import PretrainingConfig
+from textrec.training.prompt_rows import PROMPT_ROWS, PromptConfig
 from textrec.training.strategies import STRATEGIES
 from textrec.training.table_rows import BASES, TABLE_ROWS, plan
 from textrec.training.text_rows import TEXT_ROWS
@@ -44,7 +46,7 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
     for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
         assert find_recipe(name), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
-        assert row in {*PRESETS, *TEXT_ROWS, *TABLE_ROWS, *BASES, "all"}, f"{row} is no row"
+        assert row in {*PRESETS, *TEXT_ROWS, *TABLE_ROWS, *PROMPT_ROWS, *BASES, "all"}, f"{row} is no row"
     if number in ("01", "08"):  # every setting has a name that its row knows and a value that its configuration accepts
         assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
         for row in (values["reference"], *values["rows"]):
@@ -81,6 +83,14 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
             assert bool(training and training.adapters) == (row in adapters)
         assert {row for pair in values["gates"] for row in pair} <= order
         assert values["reductions"].keys() == {"dropped", "pruned"}
+    if number == "06":
+        PromptConfig(**values["prompting"])
+        order, ids, kinds = values["rows"], values["id_rows"], [values["language_model"], *values["twins"]]
+        assert order[0] == "first_stage" and values["skipped"].keys() <= set(order) <= PROMPT_ROWS.keys()
+        for row in ids:
+            rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
+        assert {row for pair in values["gates"] for row in pair} <= {*order, *ids} and values["replays"] > 1
+        assert {kind.get("kind", "transformers") for kind in kinds} <= KINDS.keys()
     if number == "07":
         PretrainingConfig(**values["pretraining"])
         text_rows._config("stage_one_alone", {"all": values["finetuning"]})

@@ -92,6 +92,9 @@ class TransformersModel:
         weights = files_digest(path) if path.exists() else f"{path}@{self.model.config._commit_hash}"
         self.identity = f"transformers {weights} {dtype}" + (f" {bits} bit" if bits else "")
         self.padding, self.max_tokens, self.batch_size = padding, max_tokens, batch_size
+        ends = self.model.generation_config.eos_token_id  # of a GGUF file, the tokenizer may not say
+        known = (self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]))
+        self.end = next(token for token in known if token is not None)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -108,12 +111,11 @@ class TransformersModel:
         from transformers import GenerationConfig
 
         answers: dict[int, str] = {}
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         options = [self._continuation(text) for text in decoding.choices]
-        once = OnceEach(options, self.tokenizer.eos_token_id) if options else None
+        once = OnceEach(options, self.end) if options else None
         config = GenerationConfig(
-            max_new_tokens=once.length if once else decoding.max_new_tokens, do_sample=False, eos_token_id=ends,
-            pad_token_id=self._pad,
+            max_new_tokens=once.length if once else decoding.max_new_tokens, do_sample=False,
+            eos_token_id=self.model.generation_config.eos_token_id or self.end, pad_token_id=self.end,
         )  # fmt: skip
         for part, tokens_BL, inputs in self._batches([self.tokenizer(p)["input_ids"] for p in prompts], "left"):
             length, processors, inputs = tokens_BL.shape[1], [], {"attention_mask": inputs["attention_mask"]}
@@ -141,11 +143,6 @@ class TransformersModel:
     def _continuation(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    @property
-    def _pad(self) -> int:
-        special = self.tokenizer
-        return special.eos_token_id if special.pad_token_id is None else special.pad_token_id
-
     def _batches(self, rows: Sequence[list[int]], side: str):
         """Yield row numbers, padded tokens [B, L], and their mask and positions; long rows come first."""
         longest = self.model.config.max_position_embeddings
@@ -157,7 +154,7 @@ class TransformersModel:
         for start in range(0, len(rows), self.batch_size):
             part = order[start : start + self.batch_size]
             length = len(rows[part[0]])
-            pads = [[self._pad] * (length - len(rows[row])) for row in part]
+            pads = [[self.end] * (length - len(rows[row])) for row in part]
             real = [[0] * len(pad) + [1] * (length - len(pad)) for pad in pads]
             if side == "left":
                 tokens = [pad + rows[row] for pad, row in zip(pads, part, strict=True)]

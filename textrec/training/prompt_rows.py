@@ -198,11 +198,12 @@ class Prompting:
     def leaks(self, row: str) -> int:
         """Count prompts with the target's text in a place that neither history, first stage nor template explains."""
         found = zip(self.prompts(row), self.targets_U, self.histories, self.candidates_UC, strict=True)
-        ours = prompting.listwise_prompt((), (), self.config.wrap)
         return sum(
-            prompting.leaked(prompt, self.texts[target - 1], [ours, *history, *(self.texts[i - 1] for i in items)])
-            for prompt, target, history, items in found
-        )
+            prompting.leaked(prompt, self.texts[target - 1], [
+                prompting.listwise_prompt([""] * len(history), [""] * len(items), self.config.wrap),
+                *history, *(self.texts[item - 1] for item in items),
+            ]) for prompt, target, history, items in found
+        )  # fmt: skip
 
     def report(self, row: str) -> dict[str, float]:
         """Return the counters of a listwise row's answers, its bias towards early places and its leaks."""
@@ -261,7 +262,9 @@ def run_prompt_rows(
     skipped, results = skipped or {}, []
     for row in (*rows, *skipped):
         if row not in PROMPT_ROWS or row not in rows:
-            raise InputError(f"row {row!r} is unknown{closest(row, PROMPT_ROWS)}; expected one of {sorted(PROMPT_ROWS)}")
+            raise InputError(
+                f"row {row!r} is unknown{closest(row, PROMPT_ROWS)}; expected one of {sorted(PROMPT_ROWS)}"
+            )
     for row in rows:
         preset = PROMPT_ROWS[row]
         changed = f"{asked.config.label}: " * bool(asked.config.label and preset.asked != "nobody") + preset.changed
