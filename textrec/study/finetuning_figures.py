@@ -136,10 +136,12 @@ def plot_arms(panels: Sequence[Mapping], *, legend: str):
                 panel["rows"][0]["value"] if panel["rows"] else np.nan, color=GREY, linestyle="--", linewidth=1
             )
             axes.set_xscale("log" if panel.get("log") else "linear")
+            axes.margins(x=0.1)
             axes.set_xlim(left=0 if panel.get("from_zero") else None)
             axes.set_title(panel["title"])
             axes.set_xlabel(panel["xlabel"])
             axes.set_yticks([-place for place in range(len(names))], names)
+            axes.set_ylim(0.4 - len(names), 0.6)
             axes.grid(axis="y", visible=False)
         handles = [plt.Line2D([], [], marker="o", color=colour[kind]) for kind in kinds]
         style = {"fontsize": 8, "title_fontsize": 8, "loc": "outside upper center", "ncols": 4}
