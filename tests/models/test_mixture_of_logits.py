@@ -94,6 +94,14 @@ def test_targets_are_ranked_by_the_mixture(monkeypatch):
     assert ranks.kept.higher_U.tolist() == found[0] != found[1]
 
 
+def test_own_and_shared_items_have_the_scores_of_the_whole_table(vectors):
+    users_TD, items_ID = (each.detach() for each in vectors)
+    model, own_T, shared_N = build(), torch.tensor([3, 0, 39, 3, 8]), torch.tensor([5, 3, 21])
+    contrasted = model.contrasted(users_TD, model.items(items_ID[own_T]), model.items(items_ID[shared_N]))
+    whole_TI = model(users_TD, model.items(items_ID))
+    torch.testing.assert_close(contrasted, torch.cat([whole_TI.gather(1, own_T[:, None]), whole_TI[:, shared_N]], 1))
+
+
 @pytest.mark.parametrize(("wrong", "named"), [({"group_dim": 4}, "group_dim=4"), ({"item_groups": 0}, "item_groups=0")])
 def test_configurations_refuse_what_cannot_be(wrong, named):
     with pytest.raises(ValueError, match=named):

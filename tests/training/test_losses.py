@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from textrec.models.mixture_of_logits import MixtureOfLogits, MixtureOfLogitsConfig
 from textrec.training import losses
 
 T, I, D = 150, 23, 6  # noqa: E741 - positions, rows of the output table, width
@@ -222,3 +223,29 @@ def test_picked_scores_equal_the_gathered_product(tensors, block_numbers, num_pi
     torch.testing.assert_close(values_and_gradients(ours, hidden_TD, items_ID), expected, rtol=1e-12, atol=1e-12)
     few_TD = hidden_TD[:4].detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda h, e: losses.picked_scores(h, e, picks_TN[:4]), (few_TD, items_ID))
+
+
+@pytest.mark.parametrize("block", [None, 64 * 16 * 4], ids=["one block", "many blocks"])
+def test_the_mixtures_softmax_is_cross_entropy_of_its_scores(tensors, block, monkeypatch):
+    if block:
+        monkeypatch.setattr(losses, "BLOCK_NUMBERS", block)
+    hidden_TD, items_ID, targets_T = (each.detach() for each in tensors)
+    hidden_TD, items_ID = (each.float().requires_grad_() for each in (hidden_TD, items_ID))
+    torch.manual_seed(1)
+    mixture = MixtureOfLogits(MixtureOfLogitsConfig(embedding_dim=D, group_dim=D, dropout=0.0))
+    negatives_N = torch.tensor([2, 7, 7, 20])
+
+    def plainly(hidden_TD, items_ID):
+        scores_TI = mixture(hidden_TD, mixture.items(items_ID))
+        chosen_TN = torch.cat([targets_T[:, None], negatives_N.expand(T, -1)], 1)
+        same_TN = F.pad(negatives_N == targets_T[:, None], (1, 0))
+        scores_TN = scores_TI.gather(1, chosen_TN).masked_fill(same_TN, -torch.inf)
+        return F.cross_entropy(scores_TN, torch.zeros_like(targets_T), reduction="sum")
+
+    def ours(hidden_TD, items_ID):
+        return losses.mixture_softmax(mixture, hidden_TD, items_ID, targets_T, negatives_N)
+
+    expected, found = (values_and_gradients(each, hidden_TD, items_ID) for each in (plainly, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    moved = values_and_gradients(lambda h, e: ours(h, e.roll(1, 0)), hidden_TD, items_ID)
+    assert not torch.allclose(moved[0], expected[0], rtol=1e-3)

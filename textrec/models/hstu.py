@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from textrec.models.mixture_of_logits import MixtureOfLogits, MixtureOfLogitsConfig
 from textrec.models.sequence_model import Layout, SequenceModel, newest
 from textrec.schema import PADDING_ID
 
@@ -45,6 +46,7 @@ class HSTUConfig:
     denominator: str = "constant"  # of attention: constant, max_sequence_length + 11 | row, the row's own length
     concat_ua: bool = False  # the output layer reads gate, attention and their product
     temperature: float | None = 0.05  # None: inner product; else cosine / temperature
+    mixture_groups: tuple[int, int] | None = None  # of users and items: a mixture of logits scores (RAILS: 8, 4)
     block: str = "hstu"  # hstu | toy
 
     def __post_init__(self):
@@ -55,6 +57,8 @@ class HSTUConfig:
         for name in ("num_items", "max_sequence_length", "num_blocks", "num_heads", "linear_dim", "attention_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.mixture_groups is not None and self.temperature is None:
+            raise ValueError("mixture_groups need a temperature")
         if self.block == "toy" and (self.time_bias or self.position_bias or self.attention_dim % 2):
             raise ValueError("block='toy' needs time_bias=False, position_bias=False and an even attention_dim")
 
@@ -261,12 +265,17 @@ class HSTU(SequenceModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList((ToyLayer if toy else HSTULayer)(config) for _ in range(config.num_blocks))
         self.final_norm = nn.RMSNorm(width, eps=1e-5) if toy else nn.Identity()
+        if config.mixture_groups is not None:
+            self.final_norm = nn.LayerNorm(width, elementwise_affine=False)
+            groups = dict(zip(("user_groups", "item_groups"), config.mixture_groups, strict=True))
+            gated = {"hidden_dim": 512, "gate_dim": 128, "dropout": config.dropout, "temperature": config.temperature}
+            self.mixture = MixtureOfLogits(MixtureOfLogitsConfig(embedding_dim=width, **groups, **gated))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights afresh, items from a normal cut at two deviations, then zero the padding row."""
-        for block in self.blocks:
-            block.reset_parameters()
+        for part in (*self.blocks, *([] if self.similarity is None else [self.mixture])):
+            part.reset_parameters()
         cut = math.inf if self.position_table is None else 0.04
         nn.init.trunc_normal_(self.item_table.weight, std=0.02, a=-cut, b=cut)
         if self.position_table is not None:
@@ -276,7 +285,11 @@ class HSTU(SequenceModel):
 
     def item_vectors(self) -> Tensor:
         table = self.item_table.weight
-        return table if self.config.temperature is None else F.normalize(table, dim=-1, eps=1e-6)
+        return F.normalize(table, dim=-1, eps=1e-6) if self._cosine else table
+
+    @property
+    def _cosine(self) -> bool:
+        return self.config.temperature is not None and self.similarity is None
 
     def forward(self, items_BL: Tensor, times_BL: Tensor | None = None, requests_B: Tensor | None = None) -> Tensor:
         """Return the states (T, D), see `SequenceModel.forward`; without `times_BL` all elapsed times are zero.
@@ -298,8 +311,7 @@ class HSTU(SequenceModel):
         for block in self.blocks if len(x_TD) else ():
             x_TD = block(x_TD, tiles)
         x_TD = self.final_norm(x_TD)
-        temperature = self.config.temperature
-        return x_TD if temperature is None else F.normalize(x_TD, dim=-1, eps=1e-6) / temperature
+        return F.normalize(x_TD, dim=-1, eps=1e-6) / self.config.temperature if self._cosine else x_TD
 
     def _query_times(self, times_T: Tensor, requests_B: Tensor | None, layout: Layout) -> Tensor:
         if self.config.time_query == "self" or not len(times_T):

@@ -165,8 +165,9 @@ class WithItemTable(SequenceModel):
     def item_vectors(self) -> Tensor:
         return self.model.item_vectors()
 
-    def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
-        return self.model.scores(user_vectors_BD, item_vectors_ID)
+    @property
+    def similarity(self) -> nn.Module | None:
+        return self.model.similarity
 
 
 def attach(model: SequenceModel, items_IE: Tensor, *, match_norm: bool = False, **table: Any) -> SequenceModel:

@@ -97,10 +97,20 @@ class MixtureOfLogits(nn.Module):
 
     def forward(self, vectors_BD: Tensor, items: tuple[Tensor, Tensor]) -> Tensor:
         """Return the scores (B, I) of prepared items for users; B x I x X numbers are held."""
-        groups, gates_IX = items
-        products = torch.einsum("bpg,iqg->bipq", self.user_groups(vectors_BD), groups)
-        logits_BIX = products.flatten(2) / self.config.temperature
-        gates_BIX = self.user_gate(vectors_BD)[:, None] * gates_IX + self.pair_gate(logits_BIX)
+        return self._mixed(*self._users(vectors_BD), "bpg,iqg->bipq", *items)
+
+    def contrasted(self, vectors_TD: Tensor, own: tuple[Tensor, Tensor], shared: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the scores (T, 1 + N) of each row's own prepared item and of N that all rows share."""
+        users = self._users(vectors_TD)
+        own_T1 = self._mixed(*users, "tpg,tiqg->tipq", *(each[:, None] for each in own))
+        return torch.cat([own_T1, self._mixed(*users, "tpg,iqg->tipq", *shared)], 1)
+
+    def _users(self, vectors_BD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.user_groups(vectors_BD), self.user_gate(vectors_BD)[:, None]
+
+    def _mixed(self, user_groups: Tensor, user_gates: Tensor, pairs: str, item_groups: Tensor, item_gates: Tensor):
+        logits_BIX = torch.einsum(pairs, user_groups, item_groups).flatten(2) / self.config.temperature
+        gates_BIX = user_gates * item_gates + self.pair_gate(logits_BIX)
         weights_BIX = self.dropout((gates_BIX * gates_BIX.sigmoid()).softmax(2))
         weights_BIX = weights_BIX / weights_BIX.sum(2, keepdim=True).clamp(min=1e-6)
         return (weights_BIX * logits_BIX).sum(2)

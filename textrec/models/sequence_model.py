@@ -86,8 +86,15 @@ class SequenceModel(nn.Module):
         times = (times_BL, requests_B) if self.reads_times else ()
         return Layout.of(items_BL != PADDING_ID).last(self(items_BL, *times))
 
+    @property
+    def similarity(self) -> nn.Module | None:
+        """The mixture of logits that scores in place of inner products, where the model has one."""
+        return getattr(self, "mixture", None)
+
     def scores(self, user_vectors_BD: Tensor, item_vectors_ID: Tensor) -> Tensor:
-        """Return the scores (B, I) of items for users: inner products."""
+        """Return the scores (B, I) of items for users: inner products, unless the model has a `similarity`."""
+        if self.similarity is not None:
+            return self.similarity(user_vectors_BD, self.similarity.items(item_vectors_ID))
         return user_vectors_BD @ item_vectors_ID.T
 
     @torch.no_grad()

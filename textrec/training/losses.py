@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 BLOCK_NUMBERS = 1 << 21  # scores held at once by the blocked functions: 8 MiB in fp32, so that they stay in cache
 
@@ -74,7 +75,27 @@ def sampled_softmax(
         target_T1, scores_TN = picked[:, :1], picked[:, 1:]
     if log_probability_I is not None:
         scores_TN = scores_TN - log_probability_I[negatives]
-    scores_TN = scores_TN.masked_fill(negatives == targets_T1, -torch.inf)
+    return _contrast(target_T1, scores_TN, negatives == targets_T1)
+
+
+def mixture_softmax(mixture, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, negatives_N: Tensor) -> Tensor:
+    """Return the sampled softmax of the scores of a `MixtureOfLogits`, whose negatives all positions share.
+
+    Positions go block by block, and a block's scores are made again for its gradient: memory does not grow with T.
+    """
+    shared = mixture.items(F.embedding(negatives_N, items_ID))
+
+    def part(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        scores = mixture.contrasted(hidden_CD, mixture.items(F.embedding(targets_C, items_ID)), shared)
+        return _contrast(scores[:, :1], scores[:, 1:], negatives_N == targets_C[:, None])
+
+    step = max(BLOCK_NUMBERS // (len(negatives_N) * shared[1].shape[1]), 64)
+    blocks = zip(hidden_TD.split(step), targets_T.split(step), strict=True)
+    return sum((checkpoint(part, *block, use_reentrant=False) for block in blocks), hidden_TD.new_zeros(()))
+
+
+def _contrast(target_T1: Tensor, scores_TN: Tensor, same_TN: Tensor) -> Tensor:
+    scores_TN = scores_TN.masked_fill(same_TN, -torch.inf)
     return (torch.cat([target_T1, scores_TN], 1).logsumexp(1) - target_T1[:, 0]).sum()
 
 

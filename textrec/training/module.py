@@ -72,6 +72,10 @@ class SequenceModule(DistributedModule):
         super().__init__()
         self.model, self.training_config, self.seed = model, training, seed
         self.start_counting()
+        told = (training.loss, training.share_negatives, training.negatives)
+        if model.similarity is not None and told != ("sampled_softmax", True, "uniform"):
+            raise ValueError("a mixture of logits is trained with loss='sampled_softmax', share_negatives=True and "
+                             f"negatives='uniform', not {told}")  # fmt: skip
         if training.negatives == "in_batch":
             expected_I = torch.as_tensor(item_counts_I, dtype=torch.float64)
             log_probability_I = (expected_I * training.num_negatives / expected_I.sum()).clamp_min(1e-12).log()
@@ -107,6 +111,8 @@ class SequenceModule(DistributedModule):
         if config.loss == "full_softmax":
             return losses.full_softmax(hidden_TD, items_ID, targets_T)
         negatives = self._negatives(targets_T, items_BL, len(items_ID) - 1, step, part)
+        if self.model.similarity is not None:
+            return losses.mixture_softmax(self.model.similarity, hidden_TD, items_ID, targets_T, negatives)
         if config.loss == "gbce":
             return losses.gbce(hidden_TD, items_ID, targets_T, negatives, config.calibration)
         return losses.sampled_softmax(hidden_TD, items_ID, targets_T, negatives, self.log_probability_I)

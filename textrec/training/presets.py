@@ -108,6 +108,10 @@ PRESETS: dict[str, Preset] = {
     "hstu_position": Preset("HSTU", "bias: position only", {"time_bias": False}, _META),
     "hstu_time": Preset("HSTU", "bias: time only, request time known", {"position_bias": False}, _META),
     "hstu_self_time": Preset("HSTU", "bias: time up to the newest item", {"time_query": "self"}, _META),
+    "hstu_mixture": Preset(
+        "HSTU", "similarity: mixture of logits, negatives shared by the batch", {"mixture_groups": (8, 4)},
+        _META | {"share_negatives": True},
+    ),
     "hstu_toy": Preset(
         "HSTU", "faithful: Toy-RecLM's block of that name", _TOY,
         {**_BCE, "adam_betas": (0.9, 0.95), "learning_rate": 3e-4, "weight_decay": 0.1, "gradient_clip": 1.0,

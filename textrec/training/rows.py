@@ -27,7 +27,7 @@ from textrec.training.presets import CONTROLS, PRESETS
 LOGGER = logging.getLogger(__name__)
 _SHARED_CODE = ("data/histories.py", "evaluation/metrics.py", "evaluation/ranking.py", "seeding.py")
 _CONTROL_CODE = ("evaluation/controls.py", "training/controls.py")
-_MODEL_CODE = ("models/sequence_model.py",) + tuple(
+_MODEL_CODE = ("models/mixture_of_logits.py", "models/sequence_model.py") + tuple(
     f"training/{name}.py" for name in ("batches", "losses", "module", "optimizers", "strategies", "trainer")
 )
 

@@ -49,8 +49,10 @@ def evaluate(
             given += [times_BL, histories.times_E[histories.offsets_U1[users_U[rows]] + ends_U[rows]]]
         return model.encode(*(torch.from_numpy(each).to(device) for each in given)).float()
 
+    items_ID = model.item_vectors()[1:].float()
+    by = VectorScorer if model.similarity is None else model.similarity.scorer
     ranks = rank_targets(
-        VectorScorer(user_vectors, model.item_vectors()[1:].float()), users_U, histories.at(users_U, ends_U),
+        by(user_vectors, items_ID), users_U, histories.at(users_U, ends_U),
         lambda rows: histories.prefixes(users_U[rows], ends_U[rows]),
         num_items=prepared.num_items, block_users=block_users,
     )  # fmt: skip
