@@ -18,7 +18,13 @@ CONFIG = HSTUConfig(
     time_bias=False, mixture_groups=(2, 2),
 )  # fmt: skip
 TRAINING = TrainingConfig(
-    loss="sampled_softmax", num_negatives=16, batch_size=4, learning_rate=1e-2, max_epochs=15, patience=15, validate_every=5
+    loss="sampled_softmax",
+    num_negatives=16,
+    batch_size=4,
+    learning_rate=1e-2,
+    max_epochs=15,
+    patience=15,
+    validate_every=5,
 )
 
 
