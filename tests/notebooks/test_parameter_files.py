@@ -21,6 +21,8 @@ from textrec.study.parameters import (
     variants,
 )
 from textrec.training import rows, text_rows
+from textrec.training.embedder_rows import EMBEDDER_ROWS
+from textrec.training.embedder_rows import plan as plan_embedder
 from textrec.training.presets import PRESETS
 from textrec.training.pretraining import PretrainingConfig
 from textrec.training.prompt_rows import PROMPT_ROWS, PromptConfig
@@ -46,7 +48,9 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
     for name in {values["dataset"], *(name for key in values if key.endswith("datasets") for name in values[key])}:
         assert find_recipe(name), f"{name} is in no line of sets.yaml"
     for row in (*values.get("rows", []), *values.get("overrides", {})):
-        assert row in {*PRESETS, *TEXT_ROWS, *TABLE_ROWS, *PROMPT_ROWS, *BASES, "all"}, f"{row} is no row"
+        assert row in {*EMBEDDER_ROWS, *PRESETS, *TEXT_ROWS, *TABLE_ROWS, *PROMPT_ROWS, *BASES, "all"}, (
+            f"{row} is no row"
+        )
     if number in ("01", "08"):  # every setting has a name that its row knows and a value that its configuration accepts
         assert set(values["overrides"]) <= {"all", values["reference"], *values["rows"]}
         for row in (values["reference"], *values["rows"]):
@@ -91,6 +95,18 @@ def test_the_parameters_of_a_run_fit_its_notebook(scale, number, variant):
             rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
         assert {row for pair in values["gates"] for row in pair} <= {*order, *ids} and values["replays"] > 1
         assert {kind.get("kind", "transformers") for kind in kinds} <= KINDS.keys()
+    if number == "05":
+        order, tables, ids = values["rows"], values["table_rows"], values["id_rows"]
+        assert values["overrides"].keys() <= {"all", *order} and values["skipped"].keys() <= {*order, *tables}
+        for row in order:
+            plan_embedder(row, 100, 8, values["overrides"])
+        for row in tables:
+            plan(row, 100, {}, values["table_overrides"])
+        for row in ids:
+            rows._plan(row, SimpleNamespace(num_items=100), values["id_overrides"])
+        gates = {name.removesuffix("_cold_items") for pair in values["gates"] for name in pair}
+        assert gates <= {*order, *tables, *ids} and {*values["compared"]} <= {*order, *tables, *ids}
+        assert {"zero_shot_concatenated", "zero_shot_recency"} <= {*order} and "sasrec_random" in tables
     if number == "07":
         PretrainingConfig(**values["pretraining"])
         text_rows._config("stage_one_alone", {"all": values["finetuning"]})
