@@ -88,12 +88,17 @@ def test_a_server_that_stumbles_is_asked_again_and_one_that_refuses_is_not(serve
         ask(server, retries=2).generate(["a"], Decoding())
 
 
-@pytest.mark.parametrize("reply", [b"<html>", {"choices": []}, {"error": "x"}, [], {"choices": [None]}])
+@pytest.mark.parametrize(
+    "reply", [b"<html>", {"choices": []}, {"error": "x"}, [], {"choices": [None]},
+              {"choices": [{"text": None, "logprobs": None}], "data": [{"index": 0}]}]
+)  # fmt: skip
 def test_a_malformed_reply_is_an_input_error(server, reply):
-    server.replies = [(200, reply)]
-    with pytest.raises(InputError, match="gave no reply of the OpenAI protocol"):
-        ask(server).generate(["a"], Decoding())
-    assert len(server.requests) == 1
+    server.replies, model = [(200, reply)], ask(server)
+    for call in (lambda: model.generate(["a"], Decoding()), lambda: model.embed(["a"]),
+                 lambda: model.log_likelihood(["a"], ["b"])):  # fmt: skip
+        with pytest.raises(InputError, match="gave no reply of the OpenAI protocol"):
+            call()
+    assert len(server.requests) == 3
 
 
 def test_a_server_that_is_not_there_or_gives_too_few_vectors_or_may_not_be_constrained(server):

@@ -73,7 +73,9 @@ class TransformersModel:
         padding: str = "right", max_tokens: int = 1024, batch_size: int = 16,
     ):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         path, given = Path(model), {}
         if path.suffix == ".gguf":
             model, given = path.parent, {"gguf_file": path.name}

@@ -111,11 +111,10 @@ class EndpointModel:
         self.identity = f"endpoint {self.url} {model}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        told = self._ask("embeddings", {"input": list(texts)}, lambda told: sorted(
-            told["data"], key=lambda each: each["index"]))  # fmt: skip
-        if len(told) != len(texts):
-            raise InputError(f"{self.url} gave {len(told)} vectors of {len(texts)} texts")
-        return np.array([each["embedding"] for each in told], np.float32)
+        vectors = self._ask("embeddings", {"input": list(texts)}, _vectors)
+        if len(vectors) != len(texts):
+            raise InputError(f"{self.url} gave {len(vectors)} vectors of {len(texts)} texts")
+        return vectors
 
     def generate(self, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         if decoding.choices:
@@ -125,7 +124,7 @@ class EndpointModel:
         def answer(prompt: str) -> str:
             seed = derive_seed(decoding.seed, decoding.replay, prompt) % 2**31
             body = settings | {"prompt": prompt, "seed": seed}
-            return self._ask("completions", body, lambda told: str(told["choices"][0]["text"]))
+            return self._ask("completions", body, lambda told: "" + told["choices"][0]["text"])
 
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(answer, prompts))
@@ -135,8 +134,7 @@ class EndpointModel:
 
         def likelihood(prompt: str, text: str) -> float:
             body = {"prompt": prompt + text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
-            told = self._ask("completions", body, lambda told: told["choices"][0]["logprobs"])
-            spans = zip(told["text_offset"], told["token_logprobs"], strict=True)
+            spans = self._ask("completions", body, _spans)
             return sum(value for at, value in spans if len(prompt) <= at < len(prompt + text))
 
         with ThreadPoolExecutor(self.at_once) as pool:
@@ -157,6 +155,16 @@ class EndpointModel:
                 if attempt == self.retries or code < 500 and code != 429:
                     raise InputError(f"{self.url}/{path} failed {attempt + 1} times: {error}") from error
                 time.sleep(self.wait_s * 2**attempt)
+
+
+def _vectors(told: dict) -> np.ndarray:
+    entries = sorted(told["data"], key=lambda entry: entry["index"])
+    return np.array([entry["embedding"] for entry in entries], np.float32)
+
+
+def _spans(told: dict) -> list[tuple[int, float]]:
+    found = told["choices"][0]["logprobs"]
+    return list(zip(found["text_offset"], found["token_logprobs"], strict=True))
 
 
 class Recorded:
