@@ -61,6 +61,9 @@ def test_a_killed_run_equals_the_uninterrupted_one(sets, tmp_path, monkeypatch):
         assert [e.get(name) for e in resumed.curve] == [e.get(name) for e in whole.curve]
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+    callbacks = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["callbacks"].values()
+    (identity,) = (state["identity"] for state in callbacks if "identity" in state)
+    assert "adapters" not in identity["training"]  # so that runs from before there were any go on
     assert Tokenizer.from_file(str(tmp_path / "whole" / "model" / "tokenizer.json")).get_vocab_size() == 400
     with pytest.raises(InputError, match="was written for training="):
         run(sets, tmp_path / "whole", replace(TRAINING, mlm_weight=0.2))

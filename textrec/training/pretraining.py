@@ -272,9 +272,11 @@ def pretrain(
     """
     folder = Path(folder)
     _refuse_leaks(sets, training, held_out, zero_shot)
+    # earlier checkpoints know of no adapters, and go on where there are none
+    told = {name: value for name, value in asdict(training).items() if name != "adapters" or value}
     identity = {
         "sets": [each.identity for each in sets], "held_out": held_out.identity,
-        "zero_shot": zero_shot and zero_shot.identity, "model": asdict(model.config), "training": asdict(training),
+        "zero_shot": zero_shot and zero_shot.identity, "model": asdict(model.config), "training": told,
         "start": weights_digest(model), "seed": seed,
     }  # fmt: skip
     peak_flops = peak_flops or _known_peak(device)
