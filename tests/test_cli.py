@@ -88,6 +88,12 @@ def test_a_misspelt_word_is_answered_with_the_closest(arguments, hint):
         (("convert", "README.md", "out"), "README.md cannot be read"),
         (("convert", "no-such-set", "out", "--to", "recbole_atomic"), "no-such-set"),
         (("recommend", "--run", "absent", "--row", "popularity", "--user", "u1"), "absent"),
+        (("recommend", "--user", "u1"), "--embedder"),
+        (("recommend", "--embedder", "docs", "--user", "u1"), "--interactions"),
+        (("recommend", "--embedder", "x", "--run", "r", "--row", "y", "--user", "u1"), "no --run"),
+        (("embed", "absent.csv", "--model", "x", "--out", "v.safetensors"), "absent.csv"),
+        (("embed", "README.md", "--model", "x", "--out", "no/such/v.safetensors"), "no/such"),
+        (("embed", "README.md", "--model", "textrec", "--out", "v.safetensors"), "textrec holds no text embedder"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, named):
@@ -193,6 +199,30 @@ def test_recommended_items_carry_titles_and_are_not_of_the_history(monkeypatch, 
     assert all(len(line.split()) > 2 for line in lines)
     scores = [float(line.split()[0]) for line in lines]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_an_embedder_recommends_on_two_own_files_and_writes_vectors(monkeypatch, capsys, tmp_path):
+    from textrec import paths
+    from textrec.data import preparing
+    from textrec.data.item_text import item_attributes
+    from textrec.data.tokenizing import train_tokenizer
+    from textrec.models.text_encoder import save_random_embedder
+
+    items = pd.DataFrame({"item": ["a", "b", "c", "d"], "title": ["tin kettle", "red kettle", "blue tent", "rope"]})
+    items.to_csv(tmp_path / "items.csv", index=False)
+    pd.DataFrame({"user": ["u", "u", "v"], "item": ["a", "c", "b"]}).to_csv(tmp_path / "sales.csv", index=False)
+    save_random_embedder(train_tokenizer(item_attributes(items), 300), tmp_path / "model")
+    for module, name in ((preparing, "PROCESSED"), (paths, "DATA")):
+        monkeypatch.setattr(module, name, tmp_path / "data")
+    words = ["--interactions", f"{tmp_path}/sales.csv", "--items", f"{tmp_path}/items.csv", "--user", "u", "-k", "4"]
+    assert run_main(monkeypatch, "recommend", "--embedder", f"{tmp_path}/model", *words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+    assert {line.split()[1]: "(new)" in line for line in lines} == {"b": False, "d": True}
+    out = tmp_path / "v.safetensors"
+    assert (
+        run_main(monkeypatch, "embed", f"{tmp_path}/items.csv", "--model", f"{tmp_path}/model", "--out", str(out)) == 0
+    )
+    assert capsys.readouterr().out.endswith(f"wrote 4 vectors of 32 numbers to {out}\n") and out.is_file()
 
 
 def test_the_time_of_a_request_is_told_to_a_row_that_reads_times(monkeypatch, capsys, run_dir):

@@ -49,8 +49,9 @@ class RecommendationTask(AbsTaskRetrieval):
 
     def load_data(self, *args: Any, **options: Any) -> None:
         """Write the set as mteb's datasets."""
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
 
+        disable_progress_bars()  # of what takes no time
         texts, (users_U, ends_U) = _item_texts(self.prepared), self.prepared.split.targets("test")
         targets_U = self.prepared.histories.at(users_U, ends_U)
         users, items = list(map(str, users_U)), [str(item) for item in range(1, len(texts) + 1)]
