@@ -66,8 +66,8 @@ def test_texts_tell_the_brand_and_exchanged_vectors_do_not(found, prepared):
     }
     chance = chance_metrics(ranks.filtered.candidates_U, ks=(10,))["recall@10"]
     assert new_U.sum() > 80 and recall["zero_shot_concatenated"] > 1.5 * chance
-    assert min(recall[row] for row in ("zero_shot_recency", "zero_shot_last_item", "whitened")) > 2.5 * chance, recall
-    assert recall["zero_shot_permuted"] < 1.8 * chance, (recall, chance)
+    assert min(recall[row] for row in ("zero_shot_recency", "zero_shot_last_item", "whitened")) > 2 * chance, recall
+    assert recall["zero_shot_permuted"] < 1.6 * chance, (recall, chance)
     curves = [results[row].curve for row in ("linear_probe", "linear_probe_whitened")]
     assert all(curve[-1]["train_loss"] < curve[0]["train_loss"] for curve in curves)
 
