@@ -247,7 +247,6 @@ def model_of_run(run_dir: Path, row: str, items: Path | None):
         return prepared, model, catalogue
     if items:
         raise InputError(f"--items needs a row with a model that reads texts, such as two_stage: {folder} holds none")
-    from textrec.models import text_encoder  # noqa: F401 - rows of embedders hold its models
     from textrec.models.sequence_model import SequenceModel
 
     return prepared, SequenceModel.from_pretrained(folder / "model"), catalogue

@@ -175,7 +175,7 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
 
 def _subclasses(cls: type) -> list[type]:
     # a class is found once its module is imported
-    from textrec.models import bert4rec, gru4rec, hstu, item_table, llama, sasrec  # noqa: F401
+    from textrec.models import bert4rec, gru4rec, hstu, item_table, llama, sasrec, text_encoder  # noqa: F401
 
     found = cls.__subclasses__()
     return found + [deeper for each in found for deeper in each.__subclasses__()]

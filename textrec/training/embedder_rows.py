@@ -10,7 +10,7 @@ U users with a test target · I items + 1, row 0 padding · D width
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, seed_everything
 from textrec.training.module import TrainingConfig
-from textrec.training.rows import RowResult, cached_row, code_files
+from textrec.training.rows import RowResult, cached_row, code_files, configurations
 from textrec.training.text_ranking import weights_digest
 
 SEPARATOR = "; "  # between the items of a history
@@ -180,20 +180,10 @@ def run_embedder_rows(
 
 def plan(row: str, num_items: int, width: int, overrides: Mapping) -> tuple[VectorModelConfig, TrainingConfig]:
     """Return the complete configurations of a row's model and of the training of its map, if it learns one."""
-    preset, settings = EMBEDDER_ROWS[row], ({}, {})
-    names = [{each.name for each in fields(config)} for config in (VectorModelConfig, TrainingConfig)]
-    for group in ("all", row):
-        for name, value in overrides.get(group, {}).items():
-            if name not in names[0] | names[1]:
-                hint = closest(name, names[0] | names[1])
-                raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
-            settings[name in names[1]][name] = value
+    preset = EMBEDDER_ROWS[row]
     user = "mean" if preset.user == "concatenated" else preset.user  # which reads no vectors of items
     fixed = {"num_items": num_items, "embedding_dim": width, "learned": preset.learned, "user": user}
-    try:
-        return VectorModelConfig(**settings[0] | fixed), TrainingConfig(**settings[1])
-    except (ValueError, TypeError) as error:
-        raise InputError(f"row {row!r}: {error}") from error
+    return configurations(row, VectorModelConfig, fixed, {}, overrides)
 
 
 def _ranked(preset: EmbedderRow, config, training, prepared, encoder, seed, folder, store, device, progress):

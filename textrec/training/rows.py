@@ -75,15 +75,15 @@ def _plan(row: str, prepared: PreparedSet, overrides: Mapping) -> tuple[str, Any
     if preset.model in CONTROLS:
         return row, None, None
     model_settings = {**preset.model_settings, "num_items": prepared.num_items}
-    return row, *configurations(row, preset.model, model_settings, preset.training_settings, overrides)
+    config_class = model_class(preset.model).config_class
+    return row, *configurations(row, config_class, model_settings, preset.training_settings, overrides)
 
 
 def configurations(
-    row: str, model: str, model_settings: Mapping, training_settings: Mapping, overrides: Mapping,
+    row: str, config_class: type, model_settings: Mapping, training_settings: Mapping, overrides: Mapping,
     groups: Sequence[str] = ("all",),
 ) -> tuple[Any, TrainingConfig]:  # fmt: skip
     """Return the configurations of a model and its training, with the overrides of `groups` and then of the row."""
-    config_class = model_class(model).config_class
     model_names, training_names = ({f.name for f in fields(c)} for c in (config_class, TrainingConfig))
     model_settings, training_settings = dict(model_settings), dict(training_settings)
     for group in (*groups, row):

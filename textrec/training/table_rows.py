@@ -159,7 +159,9 @@ def plan(
     model_settings = model_settings | {"num_items": num_items, "embedding_dim": width} | dict(preset.settings)
     coupled = COUPLED[evaluation] if preset.faithful and preset.base == "sasrec" else {}
     groups = ("all", preset.base)
-    return configurations(row, model, model_settings, training_settings | coupled, overrides, groups)
+    return configurations(
+        row, model_class(model).config_class, model_settings, training_settings | coupled, overrides, groups
+    )
 
 
 def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, device, progress):
