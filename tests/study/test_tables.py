@@ -149,6 +149,21 @@ def test_holm_corrects_over_the_table():
     assert frame.loc["sasrec_bce", "p_holm"] == pytest.approx(2 * p)
 
 
+def test_rows_of_a_sample_are_compared_on_the_sample(tmp_path, monkeypatch):
+    """A run that asks some users keeps the ranks of all beside them, for the rows that rank all."""
+    monkeypatch.setattr(tables.Record, "folder", property(lambda self: tmp_path))
+    asked = [3, 4, 8]
+    for name, one in {"sasrec_ce": ranks([9] * 12), "listwise": ranks([0, 1, 2], users=asked)}.items():
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        one.save(tmp_path / "rows" / name / "ranks.parquet")
+    group = [record([row("sasrec_ce", 0.2), row("listwise", 0.3), failed("pointwise")])]
+    found = tables.ranks_at_hand(group)
+    assert [one[0].users_U.tolist() for one in found.values()] == [asked, asked]
+    frame = tables.ablation_table(group, reference="sasrec_ce").set_index("row")
+    gains = [1 / math.log2(higher + 2) - 1 / math.log2(11) for higher in (0, 1, 2)]
+    assert frame.loc["listwise", "difference"] == pytest.approx(sum(gains) / 3)
+
+
 def test_an_unknown_reference_row_is_an_error():
     with pytest.raises(InputError, match="reference row sasrec_cf is none of popularity, sasrec_ce"):
         ablation(reference="sasrec_cf", ranks={})

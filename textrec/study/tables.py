@@ -7,6 +7,7 @@ the same users) and, from three seeds on, the seeds' part (Student's t). With fe
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -176,12 +177,19 @@ def paired_difference(first: Sequence[Ranks], second: Sequence[Ranks], metric: s
 
 
 def ranks_at_hand(group: Sequence[Record]) -> dict[str, list[Ranks]]:
-    """Return per row the ranks of all seeds that lie in the run folders; rows without all of them are left out."""
-    found = {}
+    """Return per row the ranks of all seeds that lie in the run folders; rows without all of them are left out.
+
+    They are of the users whom all rows of a run rank: one that asks a sample is compared on that sample.
+    """
+    found: dict[str, list[Ranks]] = {}
     for name in dict.fromkeys(row["row"] for record in group for row in record.rows):
         files = [record.folder / "rows" / name / "ranks.parquet" for record in group]
         if all(path.is_file() for path in files):
             found[name] = [Ranks.load(path) for path in files]
+    for seed in range(len(group) if found else 0):
+        shared = reduce(np.intersect1d, (ranks[seed].users_U for ranks in found.values()))
+        for ranks in found.values():
+            ranks[seed] = ranks[seed].subset(np.isin(ranks[seed].users_U, shared))
     return found
 
 
