@@ -90,6 +90,8 @@ def _model(name: str):
 class Fixed(torch.nn.Module):
     """States and items that are there already, in fp32: nothing is left to mixed precision but the loss."""
 
+    similarity = None
+
     def __init__(self, num_positions: int):
         super().__init__()
         source = torch.Generator().manual_seed(0)
