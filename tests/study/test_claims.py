@@ -10,7 +10,8 @@ import yaml
 
 from textrec.schema import InputError
 from textrec.study import claims as ledger
-from textrec.study.claims import Claim, judge, judge_rows, load_claims, mismatch
+from textrec.study.claims import NOT_REPRODUCED, ORDERING, Claim, judge, judge_rows, load_claims, mismatch
+from textrec.study.tables import IN_WORDS, Judged, verdict_table
 
 OURS = {"split": "leave_one_out", "validation": "all", "ranking": "full", "seen": "filtered", "ties": "expected",
         "time_tie_rule": "given"}  # fmt: skip
@@ -266,3 +267,22 @@ def test_smoke_rows_are_plumbing_whatever_they_reach():
     verdicts = judge_rows([row("sasrec_ce", 0.9)], notebook="01", dataset="synthetic", protocol=OURS, scale="smoke")
     assert {str(verdict) for verdict in verdicts} == {"plumbing only"}
     assert all(verdict.measured is None for verdict in verdicts)
+
+
+def test_a_sentence_without_a_number_is_judged_by_its_order_and_shows_none():
+    claim = load_claims()["words-scientific/random-blocks-over-random-words/ndcg@10"]
+    assert (claim.row, claim.over, claim.worded) == ("random_blocks", "random_words", True)
+    lows = (0.001, -0.005, -0.05)
+    told = {low: judge(claim, low + 0.01, low, low + 0.02, {}, claim.dataset, "laptop") for low in lows}
+    assert [verdict.word for verdict in told.values()] == [ORDERING, NOT_REPRODUCED, NOT_REPRODUCED]
+    assert Judged(told[0.001]).shown()[3] == IN_WORDS
+    assert verdict_table(told.values())["published"].eq(IN_WORDS).all()
+
+
+def test_a_group_that_claims_nothing_is_refused(tmp_path):
+    (tmp_path / "claims.yaml").write_text("""
+defaults: {source: D, notebook: "01", kind: level, tolerance: 0.05, metrics: [ndcg@10]}
+groups: [{id: empty, paper: p, where: w, dataset: d}]
+""")
+    with pytest.raises(InputError, match="claims group empty has neither `systems` nor `worded`"):
+        load_claims(tmp_path / "claims.yaml")

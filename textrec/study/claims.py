@@ -48,6 +48,7 @@ class Claim:
     over: str | None = None  # of an ordering or ratio: the row that is beaten
     beside: str | None = None  # the row of ours beside which a marker is drawn
     accepts: Mapping[str, str] = field(default_factory=dict)  # protocol field -> why a difference is accepted
+    worded: bool = False  # an ordering that the document states without a number; of `value` the sign alone counts
 
     @property
     def subject(self) -> str | None:
@@ -112,16 +113,18 @@ def _slug(name: str) -> str:
 
 
 GROUP_KEYS = ("id", "paper", "where", "dataset", "protocol", "accepts", "source", "notebook", "kind", "tolerance",
-              "metrics", "systems", "orderings", "ratios")  # fmt: skip
+              "metrics", "systems", "orderings", "ratios", "worded")  # fmt: skip
 SYSTEM_KEYS = ("row", "beside", "values")
 
 
 def _claims_of_group(defaults: dict, group: dict) -> list[Claim]:
-    group = defaults | {"protocol": {}, "accepts": {}} | group
+    group = defaults | {"protocol": {}, "accepts": {}, "systems": {}} | group
     label = f"claims group {group.get('id')}"
     _refuse_unknown(label, group, GROUP_KEYS)
-    if missing := [key for key in ("id", "paper", "where", "dataset", "systems") if not group.get(key)]:
+    if missing := [key for key in ("id", "paper", "where", "dataset") if not group.get(key)]:
         raise InputError(f"{label} has no `{missing[0]}`: a number without its place is no claim")
+    if not group["systems"] and not group.get("worded"):
+        raise InputError(f"{label} has neither `systems` nor `worded`: it claims nothing")
     names = ("paper", "dataset", "protocol", "accepts", "source", "notebook", "tolerance")
     shared = {name: group[name] for name in names}
     found = []
@@ -139,7 +142,11 @@ def _claims_of_group(defaults: dict, group: dict) -> list[Claim]:
     pairs += [("ratio", *pair) for pair in group.get("ratios", ())]
     by_system = {(claim.system, claim.metric): claim for claim in found}
     found += [_pair(kind, by_system[a, metric], by_system[b, metric], group, shared) for kind, a, b, metric in pairs]
-    return found
+    return found + [
+        Claim(id=f"{group['id']}/{_slug(row)}-over-{_slug(over)}/{metric}", where=group["where"], kind="ordering",
+              system=f"{row} over {over}", metric=metric, value=1, worded=True, row=row, over=over, **shared)
+        for row, over in group.get("worded", ()) for metric in group["metrics"]
+    ]  # fmt: skip
 
 
 def _pair(kind: str, first: Claim, second: Claim, group: dict, shared: dict) -> Claim:

@@ -108,9 +108,13 @@ def _verdicts(judged: Iterable[Judged]) -> dict:
         verdict, claim = entry.verdict, entry.verdict.claim
         ours = {"value": verdict.measured, "low": verdict.low, "high": verdict.high}
         gap = None if verdict.gap is None else {"value": verdict.gap, "text": f"{verdict.gap:+.1%}"}
-        rows.append((claim.dataset, claim.subject, claim.metric, {"value": claim.value}, ours, gap, len(entry.seeds),
+        rows.append((claim.dataset, claim.subject, claim.metric, _published(claim), ours, gap, len(entry.seeds),
                      verdict.word, verdict.reason, f"{claim.paper}: {claim.where}"))  # fmt: skip
     return _table(columns, rows)
+
+
+def _published(claim: claims.Claim) -> dict:
+    return {"value": None, "text": tables.IN_WORDS} if claim.worded else {"value": claim.value}
 
 
 def _run(label: str, group: Sequence[Record], figures: Path) -> dict:
@@ -162,7 +166,7 @@ def _commands(groups: Mapping[str, Sequence[Record]]) -> dict:
 
 def _ledger() -> dict:
     rows = [
-        (claim.dataset, claim.system, claim.metric, {"value": claim.value}, claim.kind, claim.row or claim.beside,
+        (claim.dataset, claim.system, claim.metric, _published(claim), claim.kind, claim.row or claim.beside,
          ", ".join(f"{name}: {value}" for name, value in claim.protocol.items()), f"{claim.paper}: {claim.where}")
         for claim in claims.load_claims().values() if claim.source != "P"
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from textrec.study.records import Record, Run, protocol
 
 SUMMED_COSTS = ("wall_s", "cpu_s", "tokens", "energy_wh")  # over seeds; of memory the largest counts
 FEWEST_SEEDS = 3  # for a spread
+IN_WORDS = "in words"  # in place of a published number that there is none of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Judged:
     def shown(self) -> tuple[str, ...]:
         """Return the texts of a line: data set, row, metric, the published value, ours with its interval."""
         claim, ours = self.verdict.claim, (self.verdict.measured, self.verdict.low, self.verdict.high)
-        return claim.dataset, claim.subject, claim.metric, format_estimate(claim.value), format_estimate(*ours)
+        published = IN_WORDS if claim.worded else format_estimate(claim.value)
+        return claim.dataset, claim.subject, claim.metric, published, format_estimate(*ours)
 
 
 def combine(estimates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -231,9 +233,10 @@ def verdict_table(verdicts: Iterable[Verdict | Judged]):
         verdict, claim = judged.verdict, judged.verdict.claim
         lines.append({
             "claim": claim.id, "dataset": claim.dataset, "row": claim.subject, "metric": claim.metric,
-            "kind": claim.kind, "published": claim.value, "ours": verdict.measured, "low": verdict.low,
-            "high": verdict.high, "seeds": len(judged.seeds), "gap": verdict.gap, "verdict": verdict.word,
-            "reason": verdict.reason, "where": f"{claim.paper}: {claim.where}", "command": judged.command,
+            "kind": claim.kind, "published": IN_WORDS if claim.worded else claim.value, "ours": verdict.measured,
+            "low": verdict.low, "high": verdict.high, "seeds": len(judged.seeds), "gap": verdict.gap,
+            "verdict": verdict.word, "reason": verdict.reason, "where": f"{claim.paper}: {claim.where}",
+            "command": judged.command,
         })  # fmt: skip
     frame = pandas.DataFrame(lines)
     frame["published"] = pandas.Series([line["published"] for line in lines], dtype=object)  # counts stay whole
