@@ -272,7 +272,8 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, percent: bool = False):
             if bar.get("low") is not None:
                 end = max(end, bar["high"] * factor)
                 axes.hlines(-place, bar["low"] * factor, bar["high"] * factor, color="black", linewidth=1.2)
-            axes.annotate(f"{value:.1f} %" if percent else f"{value:.4g}", (end, -place), xytext=(4, 0),
+            told = f"{value:.1f} %" if percent else f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+            axes.annotate(told, (end, -place), xytext=(4, 0),
                           textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
         axes.set_yticks([-place for place in range(len(data))], [bar["label"] for bar in data])
         axes.grid(axis="y", visible=False)
@@ -325,7 +326,12 @@ def plot_scatter(data: Sequence[Mapping], *, xlabel: str, ylabel: str, diagonal:
                 axes.vlines(point["x"], point["low"], point["high"], color=colour[point["row"]], linewidth=1.4)
             axes.plot(point["x"], point["y"], "o", color=colour[point["row"]], markersize=6)
         if log_x:
+            from matplotlib.ticker import LogLocator, NullFormatter
+
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.margins(0.12)
