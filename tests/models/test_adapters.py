@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models.packed_inputs import random_inputs
 from safetensors.torch import load_file
 
 from textrec.models.adapters import (
@@ -24,13 +25,8 @@ SMALL = replace(PRESETS["tiny"], vocabulary_size=300, hidden_size=32, intermedia
 KINDS = [{}, {"dora": True}, {"rslora": True, "rank": 4}, {"targets": "attn_global"}]
 
 
-def inputs(lengths=(40, 1, 90, 17)) -> list[torch.Tensor]:
-    source, lengths_B = torch.Generator().manual_seed(0), torch.tensor(lengths)
-    tokens, types, items = (torch.randint(low, high, (sum(lengths),), generator=source)
-                            for low, high in ((3, 300), (1, 3), (1, 51)))  # fmt: skip
-    starts_B = lengths_B.cumsum(0) - lengths_B
-    tokens[starts_B] = types[starts_B] = items[starts_B] = 0
-    return [tokens, types, items, lengths_B]
+def inputs() -> list[torch.Tensor]:
+    return random_inputs([40, 1, 90, 17])
 
 
 @pytest.fixture(scope="module")

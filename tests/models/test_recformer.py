@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models.packed_inputs import random_inputs
 from torch import nn
 
 from textrec.models.recformer import PRESETS, RecFormer, RecFormerConfig, RecFormerForPretraining
@@ -15,17 +16,6 @@ LENGTHS = [[40, 1, 300, 17], [5], [12, 12], [700, 3]]
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def random_inputs(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
-    source, total = torch.Generator().manual_seed(seed), sum(lengths)
-    tokens, types, items = (
-        torch.randint(low, high, (total,), generator=source) for low, high in ((3, 300), (1, 3), (1, 51))
-    )
-    lengths_B = torch.tensor(lengths)
-    starts_B = lengths_B.cumsum(0) - lengths_B
-    tokens[starts_B] = types[starts_B] = items[starts_B] = 0
-    return [tokens, types, items, lengths_B]
 
 
 @pytest.fixture(scope="module")

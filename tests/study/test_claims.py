@@ -275,7 +275,7 @@ def test_a_sentence_without_a_number_is_judged_by_its_order_and_shows_none():
     lows = (0.001, -0.005, -0.05)
     told = {low: judge(claim, low + 0.01, low, low + 0.02, {}, claim.dataset, "laptop") for low in lows}
     assert [verdict.word for verdict in told.values()] == [ORDERING, NOT_REPRODUCED, NOT_REPRODUCED]
-    assert Judged(told[0.001]).shown()[3] == IN_WORDS
+    assert Judged(told[0.001]).shown()[3] == IN_WORDS and told[0.001].record()["published"] is None
     assert verdict_table(told.values())["published"].eq(IN_WORDS).all()
 
 

@@ -89,7 +89,8 @@ class Verdict:
 
     def record(self) -> dict:
         """Return the entry of `claims` in record.json."""
-        return {"id": self.claim.id, "published": self.claim.value, "measured": self.measured,
+        published = None if self.claim.worded else self.claim.value
+        return {"id": self.claim.id, "published": published, "measured": self.measured,
                 "low": self.low, "high": self.high, "verdict": str(self)}  # fmt: skip
 
 
