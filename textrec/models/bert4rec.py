@@ -63,14 +63,17 @@ class BERT4RecBlock(nn.Module):
         self.forward_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_TD: Tensor, layout: Layout, keys_B11L: Tensor | None) -> Tensor:
-        joined = layout.pad(self.query_key_value(x_TD))
-        heads = joined.view(*joined.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=keys_B11L, dropout_p=dropout)
-        attended_TD = self.output(layout.pack(mixed.transpose(1, 2).flatten(2)))
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        attended_TD = self.output(layout.in_blocks(self.query_key_value(x_TD), self._attend))
         x_TD = self.attention_norm(x_TD + self.dropout(attended_TD))
         return self.forward_norm(x_TD + self.dropout(self.leave(F.gelu(self.enter(x_TD), approximate="tanh"))))
+
+    def _attend(self, joined_BLC: Tensor, tile: Layout) -> Tensor:
+        heads = joined_BLC.view(*joined_BLC.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        keys_B11L = torch.arange(tile.max_length, device=joined_BLC.device) < tile.lengths_B[:, None, None, None]
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=keys_B11L, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class BERT4Rec(SequenceModel):
@@ -115,9 +118,8 @@ class BERT4Rec(SequenceModel):
         positions_T = self.config.max_sequence_length - layout.lengths_B[layout.rows_T] + layout.columns_T
         x_TD = self.item_table(items_BL[real_BL]) + self.position_table(positions_T)
         x_TD = self.dropout(self.embedding_norm(x_TD))
-        keys_B11L = torch.arange(layout.max_length, device=items_BL.device) < layout.lengths_B[:, None, None, None]
         for block in self.blocks:
-            x_TD = block(x_TD, layout, keys_B11L)
+            x_TD = block(x_TD, layout)
         return F.pad(x_TD, (0, 1), value=1.0)
 
     def encode(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:

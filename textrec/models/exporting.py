@@ -31,6 +31,10 @@ class _TraceableLayout(Layout):
         block = packed_TD.new_zeros(num_rows * self.max_length, width)
         return block.index_copy(0, self.slots_T, packed_TD).view(num_rows, self.max_length, width)
 
+    @property
+    def tiles(self) -> tuple[Tensor, Tensor, list[Layout]]:
+        return self.rows_T, self.rows_T, []  # how many there are would depend on the lengths
+
     def last(self, packed_TD: Tensor) -> Tensor:
         ends_B = (self.lengths_B.cumsum(0) - 1).clamp(min=0)
         with_spare = torch.cat([packed_TD, packed_TD.new_zeros(1, packed_TD.shape[1])])  # a batch may be all padding

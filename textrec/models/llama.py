@@ -79,17 +79,23 @@ class RotaryAttention(nn.Module):
         self.value, self.output = nn.Linear(width, shared, bias=False), nn.Linear(width, width, bias=False)
 
     def forward(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], layout: Layout, remember=None) -> Tensor:
-        pairs_TD = torch.cat([_rotate(self.key(x_TD), turns), self.value(x_TD)], 1)
-        pairs_BKD, mask = (layout.pad(pairs_TD), None) if remember is None else remember(pairs_TD)
+        queries_TD, keys_TC = (_rotate(project(x_TD), turns) for project in (self.query, self.key))
+        pairs_TD = torch.cat([keys_TC, self.value(x_TD)], 1)
+        if remember is not None:
+            return self.output(layout.pack(self._mix(layout.pad(queries_TD), *remember(pairs_TD))))
+        sizes = queries_TD.shape[1], pairs_TD.shape[1]
+        joined_TC = torch.cat([queries_TD, pairs_TD], 1)
+        return self.output(layout.in_blocks(joined_TC, lambda block, _: self._mix(*block.split(sizes, 2))))
+
+    def _mix(self, queries_BLD: Tensor, pairs_BKD: Tensor, mask: Tensor | None = None) -> Tensor:
         queries, keys, values = (
-            each.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-            for each in (layout.pad(_rotate(self.query(x_TD), turns)), *pairs_BKD.chunk(2, dim=2))
+            each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in (queries_BLD, *pairs_BKD.chunk(2, dim=2))
         )
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=keys.shape[1] != queries.shape[1],
         )  # fmt: skip
-        return self.output(layout.pack(mixed.transpose(1, 2).flatten(2)))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _rotate(x_TD: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:

@@ -68,15 +68,19 @@ class CausalAttention(nn.Module):
         if query_TD is source_TD:
             weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
             bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-            joined = layout.pad(F.linear(query_TD, weight, bias))
+            joined_TC = F.linear(query_TD, weight, bias)
         else:
-            joined = layout.pad(torch.cat([self.query(query_TD), self.key(source_TD), self.value(source_TD)], 1))
-        heads = joined.view(*joined.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mask = None if keys_BL is None else keys_BL[:, None, None, :] & _triangle(keys_BL)
-        mixed = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.output(layout.pack(mixed.transpose(1, 2).flatten(2)))
+            joined_TC = torch.cat([self.query(query_TD), self.key(source_TD), self.value(source_TD)], 1)
+        mask = None if keys_BL is None else keys_BL[:, None, None, :] & _triangle(keys_BL)  # rows of one length alone
+
+        def attend(joined_BLC: Tensor, tile: Layout) -> Tensor:
+            heads = joined_BLC.view(*joined_BLC.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(
+                *heads, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
+            )
+            return mixed.transpose(1, 2).flatten(2)
+
+        return self.output(layout.in_blocks(joined_TC, attend))
 
 
 def _triangle(keys_BL: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """What every model that reads a history of item ids shares: the padding-free layout, scoring, saving, recommending.
 
-Linear layers, norms and losses see only the T real positions of a batch; a padded (B, L) block exists inside attention
-alone. `Layout` holds the map between the two. Shape suffixes: see `textrec.schema`.
+Linear layers, norms and losses see only the T real positions of a batch; padded blocks, of rows of like length, exist
+inside attention alone. `Layout` holds the map between the two. Shape suffixes: see `textrec.schema`.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +45,39 @@ class Layout:
     def pack(self, block_BLD: Tensor) -> Tensor:
         """Take the real positions of a left-aligned block back out: (B, L, D) -> (T, D)."""
         return block_BLD.reshape(-1, block_BLD.shape[-1]).index_select(0, self.slots_T)
+
+    def in_blocks(self, packed_TC: Tensor, function: Callable[[Tensor, "Layout"], Tensor]) -> Tensor:
+        """Apply `function` to left-aligned blocks (b, l, C) of rows of like length, and pack its (b, l, D) into (T, D).
+
+        It is told the layout of the block. What stands behind a row's end is zero, and dropped in the result.
+        """
+        order_T, places_T, tiles = self.tiles
+        if len(tiles) < 2:
+            return self.pack(function(self.pad(packed_TC), self))
+        # copied to where each position goes, as the gradient of that is a gather, and that of a gather a slow sum
+        sorted_TC = torch.empty_like(packed_TC).index_copy(0, places_T, packed_TC)
+        parts = zip(sorted_TC.split([len(tile.rows_T) for tile in tiles]), tiles, strict=True)
+        mixed_TD = torch.cat([tile.pack(function(tile.pad(part_NC), tile)) for part_NC, tile in parts])
+        return torch.empty_like(mixed_TD).index_copy(0, order_T, mixed_TD)
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor, list["Layout"]]:
+        """Split the rows by length, at powers of two from 8 on: the positions in that order, its inverse, the layouts.
+
+        On CUDA there is one tile: starting many small kernels costs more than padding.
+        """
+        sizes_B = torch.frexp(self.lengths_B - 0.5).exponent.clamp_min(3)  # length 2 ** (size - 1) + 1 to 2 ** size
+        sizes = [] if self.lengths_B.is_cuda else sizes_B[self.lengths_B > 0].unique().tolist()
+        orders, tiles = [self.rows_T[:0]], []
+        for size in sizes:
+            chosen_B = sizes_B == size
+            order_N, lengths_B = chosen_B[self.rows_T].nonzero().flatten(), self.lengths_B[chosen_B]
+            rows_N, columns_N = (chosen_B.cumsum(0) - 1)[self.rows_T[order_N]], self.columns_T[order_N]
+            longest = int(lengths_B.max())
+            tiles.append(Layout(rows_N, columns_N, lengths_B, longest, rows_N * longest + columns_N))
+            orders.append(order_N)
+        order_T = torch.cat(orders)
+        return order_T, order_T.argsort(), tiles
 
     def last(self, packed_TD: Tensor) -> Tensor:
         """Return each row's newest state (B, D); an empty row gives zeros."""
