@@ -118,3 +118,25 @@ def test_the_loss_itself_is_that_of_fp32(row):
         loss.backward()
         found.append((loss.detach(), network.hidden_TD.grad, network.items_ID.grad))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and found[0][1].any()
+
+
+def gradients(model, items_BL, targets_BL, objective) -> list[torch.Tensor]:
+    module = SequenceModule(model.eval(), TrainingConfig(objective=objective), 0)
+    module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1, current_epoch=0, global_rank=0)
+    loss = module.training_step({"items": items_BL, "targets": targets_BL, "step": 0}, 0)
+    return [loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])]
+
+
+@pytest.mark.parametrize(("name", "objective"), [("SASRec", "next_item"), ("BERT4Rec", "masked_item")])
+def test_pads_have_no_part_in_loss_and_gradients(name, objective):
+    model, next_item = _model(name), objective == "next_item"
+    items = torch.tensor([[0, 0, 3, 4, 5], [7, 8, 9, 1, 2]])
+    targets = torch.tensor([[0, 0, 4 * next_item, 6, 7], [8, 9, 1, 4 * next_item, 3]])
+    expected = gradients(model, items, targets, objective)
+    padded = [torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1) for x in (items, targets)]
+    for found, wanted in zip(gradients(model, *padded, objective), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    padded[0][0, 0], padded[1][0, 0] = 1, 2  # a pad that counted would move both
+    changed = gradients(model, *padded, objective)
+    assert abs(changed[0] - expected[0]) > 1e-3
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(changed[1:], expected[1:], strict=True))
