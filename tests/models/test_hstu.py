@@ -1,6 +1,7 @@
-"""HSTU against a plain loop over pairs, its ablations against each other, and what its clock may and may not tell."""
+"""HSTU and FuXi-alpha against plain loops over pairs, ablations against each other, and what the clock may tell."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ from models.behaviours import (
 from models.test_learnability import LENGTH, NUM_ITEMS, recall_at_1, train
 
 from textrec.models import hstu
-from textrec.models.hstu import HSTU, HSTUConfig
+from textrec.models.hstu import HSTU, HSTUConfig, Tiles
+from textrec.models.sequence_model import Layout
 from textrec.schema import InputError
 from textrec.training import losses
 
 SIZE = {"num_items": 30, "max_sequence_length": 12, "embedding_dim": 16, "dropout": 0.0}
 HEADS = SIZE | {"num_heads": 2, "linear_dim": 6, "attention_dim": 4}
 TOY = HEADS | {"block": "toy", "time_bias": False, "position_bias": False, "temperature": None}
+FUXI = HEADS | {"block": "fuxi"}
 VARIANTS = {
     "published": HEADS | {"num_heads": 1},
     "heads": HEADS,
@@ -35,7 +38,13 @@ VARIANTS = {
     "no bias": HEADS | {"time_bias": False, "position_bias": False},
     "row, ua": HEADS | {"denominator": "row", "concat_ua": True, "temperature": None},
     "toy": TOY,
+    "fuxi": FUXI,
+    "fuxi, one head, self": FUXI | {"num_heads": 1, "time_query": "self"},
+    "fuxi, position, row, ua": FUXI | {"time_bias": False, "denominator": "row", "concat_ua": True},
+    "fuxi, time": FUXI | {"position_bias": False},
+    "fuxi, content": FUXI | {"time_bias": False, "position_bias": False},
 }
+every_block = pytest.mark.parametrize("block", ["hstu", "fuxi"])  # that reads times
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -64,10 +73,50 @@ def histories(lengths=(9, 3, 12, 1), columns=12):
     return items_BL * real_BL, times_BL * real_BL, requests_B
 
 
+def number_of(layer, config, kind, i, j, times, request):
+    """The number that a layer has for the distance, or the elapsed time, of query i and key j."""
+    if kind == "position":
+        return layer.distances[config.block_length - 1 + j - i]
+    after = [*times[1:], request] if config.time_query == "target" else times
+    elapsed = max(1, abs(int(after[i]) - int(times[j])))
+    return layer.buckets[min(int(math.log(elapsed) / 0.301), 128)]
+
+
+def fuxi_by_hand(layer, config, x, times, request, dropped=()):
+    """One history, one pair after the other; a channel that is `dropped` stays zero."""
+    heads, linear, attention = config.num_heads, config.linear_dim, config.attention_dim
+    on = {"position": config.position_bias, "time": config.time_bias}
+    kinds = [kind for kind in ("content", "position", "time") if on.get(kind, True)]
+    joined = F.silu(rms(x) @ layer.project.weight.T)
+    u, v, q, k = joined.split([len(kinds) * heads * linear, heads * linear, heads * attention, heads * attention], 1)
+    q, k, parts = q.view(-1, heads, attention), k.view(-1, heads, attention), v.view(-1, heads, linear)
+    rows = []
+    for i in range(len(x)):
+        sums = {kind: x.new_zeros(heads, linear) for kind in kinds}
+        for j in range(i + 1):
+            for kind in kinds:
+                if kind in dropped:
+                    continue
+                if kind == "content":
+                    divisor = config.block_length if config.denominator == "constant" else len(x)
+                    weight = F.silu((q[i] * k[j]).sum(1, keepdim=True)) / divisor
+                else:
+                    weight = number_of(layer, config, kind, i, j, times, request)
+                sums[kind] = sums[kind] + weight * parts[j]
+        rows.append(torch.cat([sums[kind].flatten() for kind in kinds]))
+    a = rms(torch.stack(rows))
+    x = x + layer.output(torch.cat([u, a, u * a], 1) if config.concat_ua else u * a)
+    return x + (F.silu(rms(x) @ layer.gate.weight.T) * (rms(x) @ layer.up.weight.T)) @ layer.down.weight.T
+
+
+def rms(x):
+    return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
 def layer_by_hand(layer, config, x, times, request):
     """One history, one head after the other, one pair after the other."""
     linear, attention = config.num_heads * config.linear_dim, config.num_heads * config.attention_dim
-    toy, after = config.block == "toy", [*times[1:], request] if config.time_query == "target" else times
+    toy = config.block == "toy"
     normed = F.silu(layer.norm(x)) if toy else F.layer_norm(x, x.shape[1:], eps=1e-6)
     joined = normed @ layer.project.weight.T
     u, v, q, k = (joined if toy else F.silu(joined)).split([linear, linear, attention, attention], 1)
@@ -86,11 +135,9 @@ def layer_by_hand(layer, config, x, times, request):
                     score = (pair_q * turns * pair_k.conj()).real.sum() / math.sqrt(config.attention_dim)
                 else:
                     score = q[i, a] @ k[j, a]
-                if config.position_bias:
-                    score = score + layer.distances[config.block_length - 1 + j - i]
-                if config.time_bias:
-                    elapsed = max(1, abs(int(after[i]) - int(times[j])))
-                    score = score + layer.buckets[min(int(math.log(elapsed) / 0.301), 128)]
+                for kind, on in (("position", config.position_bias), ("time", config.time_bias)):
+                    if on:
+                        score = score + number_of(layer, config, kind, i, j, times, request)
                 mixed = mixed + F.silu(score) * v[j, h * b : (h + 1) * b]
             heads.append(mixed)
         rows.append(torch.cat(heads))
@@ -102,14 +149,15 @@ def layer_by_hand(layer, config, x, times, request):
     return x + layer.output(torch.cat([u, a, u * a], 1) if config.concat_ua else u * a)
 
 
-def states_by_hand(model, items_BL, times_BL, requests_B):
+def states_by_hand(model, items_BL, times_BL, requests_B, by_hand=None):
+    by_hand = by_hand or (fuxi_by_hand if model.config.block == "fuxi" else layer_by_hand)
     found = []
     for row, items in enumerate(items_BL):
         items, times = items[items_BL[row] != 0], times_BL[row][items_BL[row] != 0]
         x = model.item_table(items) * math.sqrt(model.config.embedding_dim)
         x = x if model.position_table is None else x + model.position_table.weight[: len(x)]
         for layer in model.blocks:
-            x = layer_by_hand(layer, model.config, x, times, requests_B[row])
+            x = by_hand(layer, model.config, x, times, requests_B[row])
         x = model.final_norm(x)
         found.append(x if model.config.temperature is None else x / x.norm(dim=1, keepdim=True) / 0.05)
     return torch.cat(found)
@@ -131,7 +179,48 @@ def test_states_and_all_gradients_by_hand(settings, tiles, monkeypatch):
     assert all(gradient.any() for gradient in outcomes[0][1:])
 
 
-@pytest.mark.parametrize("name", ["published", "toy"])
+def test_fuxis_states_in_single_precision_and_without_one_channel():
+    """The twins lack a channel each: what the test above compares is sensitive to all three."""
+    model, given = build(FUXI).eval(), histories()
+    with torch.no_grad():
+        found = model(*given) * 0.05
+        torch.testing.assert_close(found, states_by_hand(model, *given) * 0.05, rtol=0, atol=1e-6)
+        for kind in ("content", "position", "time"):
+            twin = partial(fuxi_by_hand, dropped=(kind,))
+            assert (states_by_hand(model, *given, twin) * 0.05 - found).abs().max() > 1e-4, kind
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+def test_gradients_of_table_attention(by_time, monkeypatch):
+    monkeypatch.setattr(hstu, "TILE_QUERIES", 3)
+    monkeypatch.setattr(hstu, "TILE_NUMBERS", 30)
+    layout = Layout.of(torch.arange(5) < torch.tensor([5, 2, 4])[:, None])
+    times_T = torch.randint(0, 100, layout.rows_T.shape)
+    tiles = Tiles(layout, 2, times_T, times_T + 3)
+    v_TC, table = (torch.randn(*size, dtype=torch.float64) for size in ((11, 4), (129,) if by_time else (5, 5)))
+    for each in (v_TC, table):
+        each.requires_grad_()
+    assert len(tiles.tiles) > 2
+
+    def attend(v_TC, table):
+        return hstu._TableAttention.apply(v_TC, table if by_time else table.tril(), tiles)
+
+    assert torch.autograd.gradcheck(attend, (v_TC, table))
+
+
+def test_fuxi_in_half_precision_stays_near():
+    model, given = build(FUXI).eval(), histories()
+    outcomes = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            states_TD = model(*given).float()
+        gradients = torch.autograd.grad((states_TD * torch.linspace(-1, 1, 16)).sum(), list(model.parameters()))
+        outcomes.append([states_TD.detach(), *gradients])
+    for one, other in zip(*outcomes, strict=True):
+        assert one.dtype == other.dtype == torch.float32 and (one - other).norm() < 0.1 * one.norm()
+
+
+@pytest.mark.parametrize("name", ["published", "toy", "fuxi"])
 def test_promises_of_every_sequence_model(name, tmp_path):
     def fresh():
         model = build(VARIANTS[name])
@@ -156,10 +245,12 @@ def states(model, items_BL, times_BL, requests_B) -> torch.Tensor:
     return block_BLD
 
 
+@every_block
 @pytest.mark.parametrize(("query", "seen_from"), [("target", 5), ("self", 6)])
-def test_a_later_time_is_read_by_the_state_before_it_at_most(query, seen_from):
+def test_a_later_time_is_read_by_the_state_before_it_at_most(query, seen_from, block):
     """Position t's time is when the target of t - 1 is consumed: state t - 1 alone may know it beforehand."""
-    model, (items_BL, times_BL, requests_B) = build(HEADS | {"time_query": query}), histories((12, 12))
+    settings = HEADS | {"time_query": query, "block": block}
+    model, (items_BL, times_BL, requests_B) = build(settings), histories((12, 12))
     before, later_BL = states(model, items_BL, times_BL, requests_B), times_BL.clone()
     later_BL[:, 6:] += 10**6
     after = states(model, items_BL, later_BL, requests_B + 10**6)
@@ -167,18 +258,20 @@ def test_a_later_time_is_read_by_the_state_before_it_at_most(query, seen_from):
     assert (after[:, seen_from] != before[:, seen_from]).any()
 
 
-def test_the_time_of_request_moves_the_newest_state_alone():
-    model, (items_BL, times_BL, requests_B) = build(HEADS), histories((9, 12))
+@every_block
+def test_the_time_of_request_moves_the_newest_state_alone(block):
+    model, (items_BL, times_BL, requests_B) = build(HEADS | {"block": block}), histories((9, 12))
     before, after = (states(model, items_BL, times_BL, requests_B + late) for late in (0, 10**6))
     changed_BL = (before != after).any(2)
     assert changed_BL.nonzero().tolist() == [[0, 8], [1, 11]]
     assert torch.equal(model.encode(items_BL, times_BL), model.encode(items_BL, times_BL, times_BL.amax(1)))
-    blind = build(HEADS | {"time_query": "self"})
+    blind = build(HEADS | {"time_query": "self", "block": block})
     assert torch.equal(blind.encode(items_BL, times_BL), blind.encode(items_BL, times_BL, requests_B))
 
 
-def test_padding_on_either_side_with_times():
-    model, (items_BL, times_BL, requests_B) = build(HEADS), histories()
+@every_block
+def test_padding_on_either_side_with_times(block):
+    model, (items_BL, times_BL, requests_B) = build(HEADS | {"block": block}), histories()
     moved = torch.zeros(2, 4, 15, dtype=torch.long)
     for row, length in enumerate((9, 3, 12, 1)):
         for kind, source in enumerate((items_BL, times_BL)):
@@ -189,11 +282,12 @@ def test_padding_on_either_side_with_times():
     torch.testing.assert_close(torch.cat(turned[::-1]), expected, rtol=0, atol=1e-5)
 
 
-def test_without_a_time_bias_times_are_ignored():
-    model, (items_BL, times_BL, requests_B) = build(HEADS | {"time_bias": False}), histories()
+@every_block
+def test_without_a_time_bias_times_are_ignored(block):
+    model, (items_BL, times_BL, requests_B) = build(HEADS | {"time_bias": False, "block": block}), histories()
     assert not model.reads_times
     assert torch.equal(model.encode(items_BL, times_BL, requests_B), model.encode(items_BL))
-    read = build(HEADS)
+    read = build(HEADS | {"block": block})
     assert read.reads_times and not torch.equal(read.encode(items_BL, times_BL, requests_B), read.encode(items_BL))
 
 
@@ -213,10 +307,15 @@ def parameters(**settings) -> int:
 
 
 def test_published_sizes():
-    """MovieLens-1M with 3,952 ids; Toy-RecLM's has 3,416 items and 50 positions."""
+    """MovieLens-1M with 3,952 ids; Toy-RecLM's has 3,416 items and 50 positions, FuXi-alpha's the items there are."""
     assert parameters(num_items=3952) == 234_400
     large = {"num_blocks": 8, "num_heads": 2, "linear_dim": 25, "attention_dim": 25}
     assert parameters(num_items=3952, **large) == 313_000
+    tables, block = 3707 * 50 + 211 * 50, 50 * 300 + (150 * 50 + 50) + 421 + 129 + 3 * 50 * 50
+    assert parameters(num_items=3706, block="fuxi") == tables + 2 * block == 257_100
+    assert parameters(num_items=3706, block="fuxi", **large) == tables + 8 * block
+    without_time = block - 129 - 2 * 50 * 50  # its gates and its share of the output layer
+    assert parameters(num_items=3706, block="fuxi", time_bias=False) == tables + 2 * without_time
     toy = {"embedding_dim": 512, "num_blocks": 8, "num_heads": 8, "linear_dim": 64, "attention_dim": 64}
     settings = TOY | toy | {"num_items": 3416, "max_sequence_length": 50}
     assert parameters(**settings) == 12_243_968
@@ -232,6 +331,10 @@ def test_published_scales_at_the_start():
     for drawn in (layer.project.weight, layer.distances, layer.buckets):
         assert drawn.std().item() == pytest.approx(0.02, rel=0.25)
     assert layer.output.weight.abs().max() <= math.sqrt(6 / 100) and layer.output.bias.any()
+    fuxi = HSTU(HSTUConfig(num_items=9, block="fuxi")).blocks[0]
+    assert fuxi.project.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for layer, inputs in ((fuxi.output, 150), (fuxi.gate, 50), (fuxi.up, 50), (fuxi.down, 50)):
+        assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (inputs + 50)), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -294,20 +397,24 @@ def recall_after_waiting(told: bool, **settings) -> float:
     return (best_B == items_BL[:, -1]).double().mean().item()
 
 
-def test_the_clock_is_read_where_it_tells_the_next_item():
-    assert recall_after_waiting(told=True) >= 0.8
-    assert recall_after_waiting(told=True, time_bias=False) <= 0.35
-    assert recall_after_waiting(told=True, time_query="self") <= 0.35
+@every_block
+def test_the_clock_is_read_where_it_tells_the_next_item(block):
+    assert recall_after_waiting(told=True, block=block) >= 0.8
+    assert recall_after_waiting(told=True, block=block, time_bias=False) <= 0.35
+    assert recall_after_waiting(told=True, block=block, time_query="self") <= 0.35
 
 
-def test_the_clock_does_no_harm_where_it_tells_nothing():
-    found = [recall_after_waiting(told=False, time_bias=on) for on in (True, False)]
+@every_block
+def test_the_clock_does_no_harm_where_it_tells_nothing(block):
+    found = [recall_after_waiting(told=False, block=block, time_bias=on) for on in (True, False)]
     assert min(found) >= 0.9 and abs(found[0] - found[1]) <= 0.02
 
 
 @pytest.mark.slow
-def test_it_learns_an_order_two_chain():
-    model = HSTU(HSTUConfig(num_items=NUM_ITEMS, max_sequence_length=LENGTH, embedding_dim=32, dropout=0.0))
+@every_block
+def test_it_learns_an_order_two_chain(block):
+    size = {"num_items": NUM_ITEMS, "max_sequence_length": LENGTH, "embedding_dim": 32, "dropout": 0.0}
+    model = HSTU(HSTUConfig(**size, block=block))
     untrained = recall_at_1(model)
     train(model, 250)
     assert recall_at_1(model) >= 0.85

@@ -54,6 +54,7 @@ def test_a_row_has_one_judging_claim_per_metric_and_protocol_beside_the_gates():
         ("esasrec-ml1m/sasrec-plus-ss/ndcg@10", "ml-1m-w3", 0.1684, "sasrec_ss"),
         ("esasrec-beauty/sasrec-plus-ss/ndcg@10", "amazon-2014-beauty-p5", 0.0531, "sasrec_ss"),
         ("rectools-hstu/hstu-large/ndcg@200", "ml-1m-w3", 0.3015, "hstu_large"),
+        ("esasrec-fuxi-ml1m/fuxi-alpha/ndcg@10", "ml-1m-w3", 0.1813, "fuxi"),
         ("ml-1m-txt/statistics/interactions", "ml-1m-w1", 999611, "statistics"),
         ("recformer-paper-scientific/recformer/ndcg@10", "amazon-2018-Industrial_and_Scientific", 0.1027, "two_stage"),
         ("recformer-scientific/recformer-over-sasrec/ndcg@10", "amazon-2018-scientific", 0.023, "two_stage"),

@@ -20,6 +20,7 @@ from textrec.training.trainer import evaluate, fit
 CONFIG = HSTUConfig(
     num_items=30, max_sequence_length=8, embedding_dim=16, linear_dim=8, attention_dim=8, num_heads=2, dropout=0.0
 )
+every_block = pytest.mark.parametrize("block", ["hstu", "fuxi"])  # that reads times
 TRAINING = TrainingConfig(batch_size=8, learning_rate=1e-3, max_epochs=1, patience=9, adam_betas=(0.9, 0.98))
 
 
@@ -61,9 +62,10 @@ def test_models_that_read_no_times_get_none(timed, tmp_path, monkeypatch):
         assert all(each is not None for given in seen for each in given)
 
 
-def test_a_target_is_ranked_at_the_time_it_was_consumed(timed):
+@every_block
+def test_a_target_is_ranked_at_the_time_it_was_consumed(timed, block):
     seed_everything(0)
-    model = HSTU(CONFIG).eval()
+    model = HSTU(replace(CONFIG, block=block)).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.buckets.mul_(100)
@@ -83,11 +85,12 @@ def test_a_target_is_ranked_at_the_time_it_was_consumed(timed):
     assert (evaluate(model, early, "test").kept.higher_U != ranks.kept.higher_U).any()
 
 
-def test_the_ring_is_learnt_with_its_times(timed, tmp_path):
-    training = replace(TRAINING, learning_rate=1e-2, max_epochs=12, patience=12)
-    fitted = train(timed, tmp_path, training)
+@every_block
+def test_the_ring_is_learnt_with_its_times(timed, tmp_path, block):
+    training, config = replace(TRAINING, learning_rate=1e-2, max_epochs=12, patience=12), replace(CONFIG, block=block)
+    fitted = train(timed, tmp_path, training, config)
     assert mean_metrics(evaluate(fitted.model, timed, "test").kept, ks=(1,))["recall@1"] > 0.7
-    assert HSTU.from_pretrained(tmp_path / "model").config == CONFIG
+    assert HSTU.from_pretrained(tmp_path / "model").config == config
 
 
 def test_two_processes_train_what_one_trains(timed, tmp_path):

@@ -1,6 +1,7 @@
 """HSTU (Zhai et al. 2024, section 3, and its published research code): pointwise attention that may read the clock.
 
 Attention weights are `silu(query . key + position bias + time bias) / N`, no softmax; there is no feed-forward network.
+With `block="fuxi"` blocks are FuXi-alpha's (Ye et al. 2025): both biases are channels of their own, see `FuXiLayer`.
 By default the time bias looks at the time that has passed between each earlier item and THE ITEM TO BE PREDICTED: the
 model knows when the request comes, in training and in evaluation (`time_query="target"`, as published). With "self" it
 looks at the time of the newest item it has read, and with `time_bias=False` at none.
@@ -30,7 +31,7 @@ TILE_QUERIES, TILE_NUMBERS = 64, 1 << 18  # on a CPU: scores of a tile stay in t
 
 @dataclass(frozen=True, kw_only=True)
 class HSTUConfig:
-    """The published settings of HSTU on MovieLens-1M are the defaults; `block="toy"` is Toy-RecLM's deviating block."""
+    """The published settings of HSTU on MovieLens-1M are the defaults; `block` chooses FuXi-alpha's or Toy-RecLM's."""
 
     num_items: int  # catalogue size, padding not counted
     max_sequence_length: int = 200  # items read, newest kept
@@ -40,17 +41,17 @@ class HSTUConfig:
     linear_dim: int = 50  # per head, of values and gates
     attention_dim: int = 50  # per head, of queries and keys
     dropout: float = 0.2  # on embeddings and on what enters the output layer; attention weights have none
-    position_bias: bool = True  # one number per distance, per block
-    time_bias: bool = True  # one number per bucket of elapsed time, per block
+    position_bias: bool = True  # one number per distance, per block; FuXi-alpha: a channel of its own
+    time_bias: bool = True  # one number per bucket of elapsed time, per block; FuXi-alpha: as above
     time_query: str = "target"  # target: time until the item to be predicted | self: until the newest item read
     denominator: str = "constant"  # of attention: constant, max_sequence_length + 11 | row, the row's own length
     concat_ua: bool = False  # the output layer reads gate, attention and their product
     temperature: float | None = 0.05  # None: inner product; else cosine / temperature
     mixture_groups: tuple[int, int] | None = None  # of users and items: a mixture of logits scores (RAILS: 8, 4)
-    block: str = "hstu"  # hstu | toy
+    block: str = "hstu"  # hstu | fuxi | toy
 
     def __post_init__(self):
-        allowed = {"time_query": ("target", "self"), "denominator": ("constant", "row"), "block": ("hstu", "toy")}
+        allowed = {"time_query": ("target", "self"), "denominator": ("constant", "row"), "block": tuple(LAYERS)}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {values}")
@@ -69,9 +70,10 @@ class HSTUConfig:
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
-        """Channels of gates, values, queries and keys, all heads together."""
+        """Widths of gates, values, queries and keys, all heads together; FuXi-alpha has gates for every channel."""
         linear, attention = self.num_heads * self.linear_dim, self.num_heads * self.attention_dim
-        return linear, linear, attention, attention
+        channels = 1 + self.position_bias + self.time_bias if self.block == "fuxi" else 1
+        return channels * linear, linear, attention, attention
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -112,6 +114,11 @@ class Tiles:
         """Spread packed rows into (B, H, L, C / H), rows by falling length."""
         return self.heads(packed_TC.index_select(0, self.sources), num_heads)
 
+    def spread(self, packed_TC: Tensor, num_heads: int) -> Tensor:
+        """Do as `pad`, but with zeros behind a row's end."""
+        block = packed_TC.new_zeros(self.rows * self.length, packed_TC.shape[1])
+        return self.heads(block.index_copy_(0, self.slots_T, packed_TC), num_heads)
+
     def heads(self, block: Tensor, num_heads: int) -> Tensor:
         """Turn (B * L, C) into a contiguous (B, H, L, C / H)."""
         return block.view(self.rows, self.length, num_heads, -1).transpose(1, 2).contiguous()
@@ -132,7 +139,7 @@ class _PointwiseAttention(torch.autograd.Function):
         for rows, first, last, buckets in tiles.tiles:
             shape = (rows.stop - rows.start, num_heads, last - first, last)
             scores = bias_LL[first:last, :last].to(q.dtype).expand(shape).clone(memory_format=torch.contiguous_format)
-            if buckets is not None:
+            if table is not None:
                 scores += table.to(q.dtype).index_select(0, buckets).view(-1, 1, last - first, last)
             scores = scores.flatten(0, 1).baddbmm_(_tile(q, rows, first, last), _tile(k, rows, 0, last).transpose(1, 2))
             mixed[rows, :, first:last] = torch.bmm(F.silu(scores), _tile(v, rows, 0, last)).view(*shape[:3], -1)
@@ -147,8 +154,7 @@ class _PointwiseAttention(torch.autograd.Function):
     def backward(ctx, grad_TC: Tensor):
         q, k, v, *kept = ctx.saved_tensors
         tiles, num_heads = ctx.tiles, ctx.num_heads
-        grad = grad_TC.new_zeros(tiles.rows * tiles.length, grad_TC.shape[1]).index_copy_(0, tiles.slots_T, grad_TC)
-        grad = tiles.heads(grad, num_heads)
+        grad = tiles.spread(grad_TC, num_heads)
         grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
         exact = torch.promote_types(grad.dtype, torch.float32)
         grad_bias_LL = grad.new_zeros(tiles.length, tiles.length, dtype=exact)
@@ -161,11 +167,47 @@ class _PointwiseAttention(torch.autograd.Function):
             _tile(grad_k, rows, 0, last).add_(torch.bmm(slope.transpose(1, 2), _tile(q, rows, first, last)))
             _tile(grad_q, rows, first, last).copy_(torch.bmm(slope, _tile(k, rows, 0, last)))
             grad_bias_LL[first:last, :last] += slope.sum(0, dtype=exact)
-            if buckets is not None:
+            if grad_table is not None:
                 of_heads = slope.view(-1, num_heads, (last - first) * last)
                 weights = of_heads[:, 0] if num_heads == 1 else of_heads.sum(1)
                 grad_table += torch.bincount(buckets, weights.flatten().to(exact), len(grad_table))
         return *(tiles.pack(x) for x in (grad_q, grad_k, grad_v)), grad_bias_LL, grad_table, None, None
+
+
+class _TableAttention(torch.autograd.Function):
+    """`weights v` over the tiles: `table` has one per bucket or, zeros for later keys, per query and key (L, L)."""
+
+    @staticmethod
+    def forward(ctx, v_TC: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
+        v, numbers, kept = tiles.pad(v_TC, 1), table.to(v_TC.dtype), []
+        mixed = torch.empty_like(v)
+        for rows, first, last, buckets in tiles.tiles:
+            if table.dim() == 2:
+                weights = numbers[first:last, :last]
+            else:
+                weights = numbers.index_select(0, buckets).view(-1, last - first, last).tril_(first)
+            mixed[rows, 0, first:last] = weights @ _tile(v, rows, 0, last)
+            kept.append(weights)
+        ctx.save_for_backward(v, table, *kept)
+        ctx.tiles = tiles
+        return tiles.pack(mixed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TC: Tensor):
+        v, table, *kept = ctx.saved_tensors
+        grad, grad_v = ctx.tiles.spread(grad_TC, 1), v.new_zeros(v.shape)
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        grad_table = table.new_zeros(table.shape, dtype=exact)
+        for (rows, first, last, buckets), weights in zip(ctx.tiles.tiles, kept, strict=True):
+            above = _tile(grad, rows, first, last)
+            _tile(grad_v, rows, 0, last).add_(weights.mT @ above)
+            slope = torch.bmm(above, _tile(v, rows, 0, last).mT)
+            if table.dim() == 2:
+                grad_table[first:last, :last] += slope.sum(0, dtype=exact)
+            else:
+                grad_table += torch.bincount(buckets, slope.tril_(first).flatten().to(exact), len(table))
+        return ctx.tiles.pack(grad_v), grad_table, None
 
 
 def _tile(block_BHLD: Tensor, rows: slice, first: int, last: int) -> Tensor:
@@ -176,6 +218,8 @@ def _tile(block_BHLD: Tensor, rows: slice, first: int, last: int) -> Tensor:
 
 class HSTULayer(nn.Module):
     """One block: gates, values, queries and keys from one silu layer, attention, a norm, the gate, a residual."""
+
+    norm = staticmethod(F.layer_norm)
 
     def __init__(self, config: HSTUConfig):
         super().__init__()
@@ -196,14 +240,17 @@ class HSTULayer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
-        normed_TD = F.layer_norm(x_TD, x_TD.shape[1:], eps=NORM_EPS)
+        normed_TD = self.norm(x_TD, x_TD.shape[1:], eps=NORM_EPS)
         u, v, q, k = F.silu(self.project(normed_TD)).split(self.config.widths, 1)
-        mixed = _PointwiseAttention.apply(q, k, v, self._bias(tiles), self.buckets, tiles, self.config.num_heads)
-        by_row = self.config.denominator == "row"
-        mixed = mixed / (tiles.layout.lengths_B[tiles.layout.rows_T, None] if by_row else self.config.block_length)
-        a = F.layer_norm(mixed, mixed.shape[1:], eps=NORM_EPS)
+        mixed = self._mix(q, k, v, self._bias(tiles), self.buckets, tiles)
+        a = self.norm(mixed, mixed.shape[1:], eps=NORM_EPS)
         gated = torch.cat([u, a, u * a], 1) if self.config.concat_ua else u * a
         return x_TD + self.output(self.dropout(gated))
+
+    def _mix(self, q_TC, k_TC, v_TC, bias_LL: Tensor, table: Tensor | None, tiles: Tiles) -> Tensor:
+        mixed = _PointwiseAttention.apply(q_TC, k_TC, v_TC, bias_LL, table, tiles, self.config.num_heads)
+        by_row = self.config.denominator == "row"
+        return mixed / (tiles.layout.lengths_B[tiles.layout.rows_T, None] if by_row else self.config.block_length)
 
     def _bias(self, tiles: Tiles) -> Tensor:
         """Return the position bias (L, L), a strided view of one table; what is later is `FUTURE`."""
@@ -215,6 +262,38 @@ class HSTULayer(nn.Module):
 
 def _causal(bias_LL: Tensor) -> Tensor:
     return bias_LL.masked_fill(torch.ones_like(bias_LL, dtype=torch.bool).triu(1), FUTURE)
+
+
+class FuXiLayer(HSTULayer):
+    """FuXi-alpha's block (Ye et al. 2025), as its published research code has it.
+
+    Values are mixed in three channels: by content (silu(query . key) / N), by position and by time, whose weights are a
+    number per distance and per bucket. The channels are joined, normalised and gated; a residual, then a SwiGLU network
+    as wide as the items. RMS norms learn no scale. A channel that is switched off takes its gates with it.
+    """
+
+    norm = staticmethod(F.rms_norm)
+
+    def __init__(self, config: HSTUConfig):
+        super().__init__(config)
+        width = config.embedding_dim
+        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for layer in (self.gate, self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
+        x_TD = super().forward(x_TD, tiles)
+        normed_TD = self.dropout(self.norm(x_TD, x_TD.shape[1:], eps=NORM_EPS))
+        return x_TD + self.down(F.silu(self.gate(normed_TD)) * self.up(normed_TD))
+
+    def _mix(self, q_TC, k_TC, v_TC, bias_LL: Tensor, table: Tensor | None, tiles: Tiles) -> Tensor:
+        """Return the channels side by side: all heads by content, then by position, then by time."""
+        channels = [super()._mix(q_TC, k_TC, v_TC, _causal(torch.zeros_like(bias_LL)), None, tiles)]
+        tables = (None if self.distances is None else bias_LL.tril()), table
+        return torch.cat(channels + [_TableAttention.apply(v_TC, x, tiles) for x in tables if x is not None], 1)
 
 
 class ToyLayer(nn.Module):
@@ -250,6 +329,9 @@ class ToyLayer(nn.Module):
         return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], 3).flatten(1)
 
 
+LAYERS = {"hstu": HSTULayer, "fuxi": FuXiLayer, "toy": ToyLayer}
+
+
 class HSTU(SequenceModel):
     """Predict the next item from the state of the newest one and, with `time_query="target"`, the time of request."""
 
@@ -263,7 +345,7 @@ class HSTU(SequenceModel):
         self.item_table = nn.Embedding(config.num_items + 1, width, padding_idx=PADDING_ID)
         self.position_table = None if toy else nn.Embedding(config.block_length, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList((ToyLayer if toy else HSTULayer)(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(LAYERS[config.block](config) for _ in range(config.num_blocks))
         self.final_norm = nn.RMSNorm(width, eps=1e-5) if toy else nn.Identity()
         if config.mixture_groups is not None:
             self.final_norm = nn.LayerNorm(width, elementwise_affine=False)

@@ -1,7 +1,7 @@
 """The named rows of the ID-baseline ladder: which model, which configuration, which training, and what it changes.
 
 Published settings as the specifications of SASRec (pmixer's port), gSASRec, "Turning Dross into Gold Loss", eSASRec,
-BERT4Rec, HSTU and Toy-RecLM give them; `sasrec_*` rows differ from the reference row `sasrec_ce` in one thing each.
+BERT4Rec, HSTU, FuXi-alpha and Toy-RecLM give them; `sasrec_*` rows differ from the row `sasrec_ce` in one thing each.
 """
 
 from dataclasses import dataclass, field
@@ -112,6 +112,7 @@ PRESETS: dict[str, Preset] = {
         "HSTU", "similarity: mixture of logits, negatives shared by the batch", {"mixture_groups": (8, 4)},
         _META | {"share_negatives": True},
     ),
+    "fuxi": Preset("HSTU", "faithful: FuXi-alpha, request time known", {"block": "fuxi"}, _META),
     "hstu_toy": Preset(
         "HSTU", "faithful: Toy-RecLM's block of that name", _TOY,
         {**_BCE, "adam_betas": (0.9, 0.95), "learning_rate": 3e-4, "weight_decay": 0.1, "gradient_clip": 1.0,
