@@ -1,4 +1,4 @@
-"""Save and load models that are no `SequenceModel`: `config.json` beside `model.safetensors`, as on the hub."""
+"""Save and load models: `config.json` beside `model.safetensors`, as on the hub."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Saved:
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
-        """Load what `save_pretrained` of this class wrote, in evaluation mode.
+        """Load what `save_pretrained` of this class, or of one of `kinds`, wrote, in evaluation mode.
 
         Raises InputError when a file is missing, the folder holds another model, or weights and configuration disagree.
         """
@@ -42,16 +42,22 @@ class Saved:
                 raise InputError(f"{folder} holds no saved model: {name} is missing")
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = settings.pop("model_type", None)
-        if model_type != cls.__name__:
+        kind = next((each for each in cls.kinds() if each.__name__ == model_type), None)
+        if kind is None:
             raise InputError(f"{folder} holds a {model_type}, not a {cls.__name__}")
-        unknown = sorted(set(settings) - {each.name for each in fields(cls.config_class)})
+        unknown = sorted(set(settings) - {each.name for each in fields(kind.config_class)})
         if unknown:
             raise InputError(
-                f"{folder / 'config.json'} holds {unknown[0]!r}, which {cls.config_class.__name__} has not"
+                f"{folder / 'config.json'} holds {unknown[0]!r}, which {kind.config_class.__name__} has not"
             )
-        model = cls(cls.config_class(**settings))
+        model = kind(kind.config_class(**settings))
         load_exactly(model, load_file(folder / "model.safetensors"), folder)
         return model.eval()
+
+    @classmethod
+    def kinds(cls) -> list[type]:
+        """Return the classes that `from_pretrained` may find, by the name that the folder gives."""
+        return [cls]
 
 
 def load_exactly(model, weights: dict, source: object) -> None:

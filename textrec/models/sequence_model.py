@@ -4,17 +4,15 @@ Linear layers, norms and losses see only the T real positions of a batch; padded
 inside attention alone. `Layout` holds the map between the two. Shape suffixes: see `textrec.schema`.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from textrec.models.saving import Saved
 from textrec.schema import PADDING_ID, InputError
 
 
@@ -88,7 +86,7 @@ class Layout:
         return states_BD
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Saved, nn.Module):
     """Base of all sequence models. A subclass names its `config_class` and writes `forward` and `item_vectors`."""
 
     config_class: ClassVar[type]
@@ -164,39 +162,12 @@ class SequenceModel(nn.Module):
         best = scores_I.topk(k)
         return [(int(i), float(s)) for i, s in zip(best.indices, best.values, strict=True) if s > -torch.inf]
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
-        from safetensors.torch import save_model
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": type(self).__name__, **asdict(self.config)}
-        partial = folder / f"config.json.partial-{os.getpid()}"
-        partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        weights = folder / f"model.safetensors.partial-{os.getpid()}"
-        save_model(self, str(weights))
-        os.replace(weights, folder / "model.safetensors")
-        os.replace(partial, folder / "config.json")
-
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "SequenceModel":
-        """Load what `save_pretrained` wrote; called on `SequenceModel` it finds the class by `model_type`."""
-        from safetensors.torch import load_model
+    def kinds(cls) -> list[type]:
+        """Return this class and all that derive from it: each is found once its module is imported."""
+        from textrec.models import bert4rec, gru4rec, hstu, item_table, llama, sasrec, text_encoder  # noqa: F401
 
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} holds no saved model: {name} is missing")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        known = {each.__name__: each for each in _subclasses(SequenceModel)}
-        model_type = config.pop("model_type", None)
-        if model_type not in known:
-            raise InputError(f"{folder / 'config.json'}: model_type {model_type!r} is not one of {sorted(known)}")
-        if not issubclass(known[model_type], cls):
-            raise InputError(f"{folder} holds a {model_type}, not a {cls.__name__}")
-        model = known[model_type](known[model_type].config_class(**config))
-        load_model(model, str(folder / "model.safetensors"))
-        return model.eval()
+        return [cls, *(deeper for each in cls.__subclasses__() for deeper in each.kinds())]
 
 
 def newest(items_BL: Tensor, max_length: int) -> Tensor:
@@ -205,11 +176,3 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
         return items_BL
     from_end_BL = (items_BL != PADDING_ID).flip(1).cumsum(1).flip(1)  # the newest real item counts 1
     return items_BL * (from_end_BL <= max_length)
-
-
-def _subclasses(cls: type) -> list[type]:
-    # a class is found once its module is imported
-    from textrec.models import bert4rec, gru4rec, hstu, item_table, llama, sasrec, text_encoder  # noqa: F401
-
-    found = cls.__subclasses__()
-    return found + [deeper for each in found for deeper in each.__subclasses__()]
