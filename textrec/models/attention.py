@@ -84,38 +84,38 @@ class BandLayout:
         """Packed row of every key and value a block keeps: its tokens behind, if blocked, a copy of the first one."""
         return torch.cat([self.starts_B[self.sequence_M][:, None], self.token_MS], 1) if self.halo else self.token_MS
 
-    # A (T, H * d) matrix read as (T * H, d) has token t, head h in row t * H + h; blocks come head by head.
+    # Queries, keys, values (T, 3 * H * d) read as (T * 3 * H, d) have part p of token t, head h in row (3 t + p) H + h;
+    # blocks come head by head.
 
     @cached_property
-    def query_rows(self) -> Tensor:
-        """Row of the (T * H, d) queries that each of the H * M * S slots takes."""
-        return self._head_rows(self.token_MS)
-
-    @cached_property
-    def key_rows(self) -> Tensor:
-        """Row of the keys that each of the (H * M + 2) * R kept rows takes.
+    def gathered_rows(self) -> Tensor:
+        """Row of the (T * 3 * H, d) inputs that each of the H * M * S queries, (H * M + 2) * R keys and values takes.
 
         One block before and one behind all others, seen by nobody, give every block two neighbours.
         """
-        return F.pad(self._head_rows(self.kept_MR), (self.kept_MR.shape[1],) * 2)
+        stored = [F.pad(self._head_rows(self.kept_MR, part), (self.kept_MR.shape[1],) * 2) for part in (1, 2)]
+        return torch.cat([self._head_rows(self.token_MS, 0), *stored])
 
     @cached_property
     def mixed_rows(self) -> Tensor:
-        """Slot of each of the T * H packed rows: the inverse of `query_rows`."""
-        heads_H = torch.arange(self.num_heads, device=self.slot_T.device)
-        return (self.slot_T[:, None] + self.token_MS.numel() * heads_H).flatten()
+        """Slot of each of the T * H packed rows."""
+        return (self.slot_T[:, None] + self.token_MS.numel() * self._heads_H).flatten()
 
     @cached_property
-    def stored_rows(self) -> Tensor:
-        """Kept row of each of the T * H packed rows: the inverse of `key_rows`, copies aside."""
+    def returned_rows(self) -> Tensor:
+        """Gathered row of each of the T * 3 * H packed rows: the inverse of `gathered_rows`, copies aside."""
         block, rows = self.token_MS.shape[1], self.kept_MR.shape[1]
-        heads_H = torch.arange(self.num_heads, device=self.slot_T.device)
-        stored_T = (self.slot_T // block + 2) * rows - block + self.slot_T % block
-        return (stored_T[:, None] + self.kept_MR.numel() * heads_H).flatten()
+        key_T = self.num_heads * self.token_MS.numel() + (self.slot_T // block + 2) * rows - block + self.slot_T % block
+        key_TH = key_T[:, None] + self.kept_MR.numel() * self._heads_H
+        value_TH = key_TH + self.num_heads * self.kept_MR.numel() + 2 * rows
+        return torch.cat([self.mixed_rows.view_as(key_TH), key_TH, value_TH], 1).flatten()
 
-    def _head_rows(self, token_MR: Tensor) -> Tensor:
-        heads_H11 = torch.arange(self.num_heads, device=token_MR.device)[:, None, None]
-        return (token_MR * self.num_heads + heads_H11).flatten()
+    @property
+    def _heads_H(self) -> Tensor:
+        return torch.arange(self.num_heads, device=self.slot_T.device)
+
+    def _head_rows(self, token_MR: Tensor, part: int) -> Tensor:
+        return ((token_MR * 3 + part) * self.num_heads + self._heads_H[:, None, None]).flatten()
 
     @cached_property
     def bias_MSK(self) -> Tensor:
@@ -171,17 +171,27 @@ class BandedAttention(nn.Module):
     def forward(self, hidden_TD: Tensor, layout: BandLayout, first_only: bool = False) -> Tensor:
         """Return the mixed values (T, D) or, with `first_only`, those of the first tokens alone (B, D)."""
         dropout = self.dropout if self.training else 0.0
+        if torch.is_autocast_enabled(hidden_TD.device.type):  # once, where every product below would do it for itself
+            hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         first_BD = self._global_rows(hidden_TD, layout, dropout)
         if first_only:
             return first_BD
-        projected = self.query(hidden_TD), self.key(hidden_TD), self.value(hidden_TD)
+        projected_TE = self._projected(hidden_TD)
         if layout.path != "flex":
-            mixed_TD = _Band.apply(*projected, layout, dropout)
+            mixed_TD = _Band.apply(projected_TE, layout, dropout).view_as(hidden_TD)
         elif dropout:
             raise InputError(f"path='flex' has no dropout on attention weights: expected dropout 0, got {dropout}")
         else:
-            mixed_TD = _flex_band(*projected, layout)
+            mixed_TD = _flex_band(*projected_TE.chunk(3, 1), layout)
         return mixed_TD.index_copy_(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
+
+    def _projected(self, hidden_TD: Tensor) -> Tensor:
+        """Return queries, keys and values side by side (T, 3 * D), by one product where no adapter wraps a layer."""
+        layers = self.query, self.key, self.value
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return torch.cat([layer(hidden_TD) for layer in layers], 1)
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.linear(hidden_TD, weight, bias)
 
     def _global_rows(self, hidden_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
         """Return the mixture (B, D) each first token takes of its sequence.
@@ -215,44 +225,50 @@ class _Band(torch.autograd.Function):
     """Softmax attention of each block over the keys it sees, for dense and blocked layouts alike.
 
     Written out because the windows overlap: autograd would copy them, and scatter their gradients element by element.
+    From queries, keys and values side by side (T, 3 * H * d) to the mixed values (T * H, d).
     """
 
     @staticmethod
-    def forward(ctx, query_TD: Tensor, key_TD: Tensor, value_TD: Tensor, layout: BandLayout, dropout: float) -> Tensor:
-        heads, (blocks, block) = layout.num_heads, layout.token_MS.shape
-        dim = query_TD.shape[1] // heads
-        query = query_TD.reshape(-1, dim).index_select(0, layout.query_rows).view(heads * blocks, block, dim)
-        key, value = (x.reshape(-1, dim).index_select(0, layout.key_rows) for x in (key_TD, value_TD))
-        scores = _product(query, _seen(key, layout), dim**-0.5)
-        scores.view(heads, blocks, block, -1).add_(layout.bias_MSK)
-        weights = _wide(scores).softmax(-1).to(query.dtype)
-        kept = _kept(weights, dropout) if dropout else weights
-        mixed = _product(kept, _seen(value, layout).transpose(1, 2), 1 / (1 - dropout))
-        ctx.save_for_backward(query, key, value, weights, kept, mixed)
+    def forward(ctx, projected_TE: Tensor, layout: BandLayout, dropout: float) -> Tensor:
+        dim = projected_TE.shape[1] // (3 * layout.num_heads)
+        gathered = projected_TE.reshape(-1, dim).index_select(0, layout.gathered_rows)
+        query, key, value = _split(gathered, layout)
+        scores, bias = _product(query, _seen(key, layout), dim**-0.5), layout.bias_MSK
+        scores.view(-1, *bias.shape).add_(bias.to(scores.dtype))  # in one type: 0 and -inf are exact
+        weights = scores.softmax(-1).to(scores.dtype)  # summed up in fp32
+        keep = [_keep(weights, dropout)] if dropout else []
+        mixed = _product(_masked(weights, *keep), _seen(value, layout).transpose(1, 2), 1 / (1 - dropout))
+        ctx.save_for_backward(gathered, weights, *keep)
         ctx.layout, ctx.dropout = layout, dropout
-        mixed_TD = torch.empty_like(query_TD)
-        torch.index_select(mixed.view(-1, dim), 0, layout.mixed_rows, out=mixed_TD.view(-1, dim))
-        return mixed_TD
+        return mixed.view(-1, dim).index_select(0, layout.mixed_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_TD: Tensor):
-        query, key, value, weights, kept, mixed = ctx.saved_tensors
-        layout, dim = ctx.layout, query.shape[-1]
-        gradient = gradient_TD.new_zeros(mixed.shape).view(-1, dim)
-        gradient = gradient.index_copy_(0, layout.mixed_rows, gradient_TD.reshape(-1, dim)).view_as(mixed)
-        expected = (_wide(gradient) * mixed).sum(-1, keepdim=True)  # = sum over keys of weight times its gradient
-        scores = _wide(_product(gradient, _seen(value, layout), 1 / (1 - ctx.dropout)))
-        if ctx.dropout:
-            scores.mul_(kept).addcmul_(weights, expected.to(scores.dtype), value=-1)
-        else:
-            scores.sub_(expected).mul_(weights)
-        scores = scores.to(query.dtype)
-        query_grad = _product(scores, _seen(key, layout).transpose(1, 2), dim**-0.5)
-        query_grad = query_grad.view(-1, dim).index_select(0, layout.mixed_rows).view(gradient_TD.shape)
-        key_grad = _back(scores, query, dim**-0.5, layout).view(gradient_TD.shape)
-        value_grad = _back(kept, gradient, 1 / (1 - ctx.dropout), layout).view(gradient_TD.shape)
-        return query_grad, key_grad, value_grad, None, None
+    def backward(ctx, packed: Tensor):
+        gathered, weights, *keep = ctx.saved_tensors
+        layout, dim, factor = ctx.layout, gathered.shape[1], 1 / (1 - ctx.dropout)
+        query, key, value = _split(gathered, layout)
+        gradient = torch.zeros_like(query)
+        gradient.view(-1, dim).index_copy_(0, layout.mixed_rows, packed)
+        scores = _masked(_product(gradient, _seen(value, layout), factor), *keep)
+        scores = torch._softmax_backward_data(scores, weights, -1, scores.dtype)
+        returned = torch.empty_like(gathered)
+        query_grad, key_grad, value_grad = _split(returned, layout)
+        query_grad.copy_(_product(scores, _seen(key, layout).transpose(1, 2), dim**-0.5))
+        first_key_BD = _give_back(key_grad, scores, query, dim**-0.5, layout)
+        first_value_BD = _give_back(value_grad, _masked(weights, *keep), gradient, factor, layout)
+        packed = returned.index_select(0, layout.returned_rows).view(3 * len(layout.slot_T), -1)
+        if layout.halo:
+            packed.index_add_(0, 3 * layout.starts_B + 1, first_key_BD)
+            packed.index_add_(0, 3 * layout.starts_B + 2, first_value_BD)
+        return packed.view(len(layout.slot_T), -1), None, None
+
+
+def _split(gathered: Tensor, layout: BandLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """View gathered rows as queries (H * M, S, d), stored keys and stored values ((H * M + 2) * R, d)."""
+    slots = layout.num_heads * layout.token_MS.numel()
+    query, key, value = gathered.tensor_split((slots, (slots + len(gathered)) // 2))
+    return query.view(-1, layout.token_MS.shape[1], gathered.shape[1]), key, value
 
 
 def _seen(stored: Tensor, layout: BandLayout) -> Tensor:
@@ -262,40 +278,63 @@ def _seen(stored: Tensor, layout: BandLayout) -> Tensor:
     return stored[skipped : len(stored) - skipped + bool(layout.halo)].unfold(0, size, layout.kept_MR.shape[1])
 
 
-def _back(left: Tensor, right: Tensor, factor: float, layout: BandLayout) -> Tensor:
-    """Sum factor * left' right, gradients of what each block sees, into the packed rows (T * H, d) they belong to."""
-    halo, rows = layout.halo, layout.kept_MR.shape[1]
-    left = left.transpose(1, 2)
-    stored = right.new_zeros(len(left) + 2, rows, right.shape[-1])
-    stored[1:-1] = _product(left[:, halo : halo + rows], right, factor)
-    if halo:
-        stored[:-2, rows - halo :] += _product(left[:, :halo], right, factor)
-        stored[2:, 1 : 1 + halo] += _product(left[:, halo + rows + 1 :], right, factor)
-    heads = layout.num_heads
-    packed = stored.view(-1, right.shape[-1]).index_select(0, layout.stored_rows)
-    if halo:
-        copies = stored[1:-1, 0].view(heads, -1, right.shape[-1]).transpose(0, 1)
-        first_B = copies.new_zeros(len(layout.starts_B), *copies.shape[1:]).index_add_(0, layout.sequence_M, copies)
-        packed.view(-1, heads, right.shape[-1]).index_add_(0, layout.starts_B, first_B)
-    return packed
+def _give_back(stored: Tensor, left: Tensor, right: Tensor, factor: float, layout: BandLayout) -> Tensor | None:
+    """Sum factor * left' right, gradients of what each block sees, into the stored rows they belong to.
+
+    Return what belongs to the first tokens (B, D), whose copies lie in every block, if blocked.
+    """
+    halo, rows, dim = layout.halo, layout.kept_MR.shape[1], right.shape[-1]
+    seen, stored = _product(left.transpose(1, 2), right, factor), stored.view(-1, rows, dim)
+    stored[1:-1] = seen[:, halo : halo + rows]
+    if not halo:
+        return None
+    stored[:-2, rows - halo :] += seen[:, :halo]
+    stored[2:, 1 : 1 + halo] += seen[:, halo + rows + 1 :]
+    copies_MHd = stored[1:-1, 0].view(layout.num_heads, -1, dim).transpose(0, 1)
+    first_BHd = copies_MHd.new_zeros(len(layout.starts_B), *copies_MHd.shape[1:])
+    return first_BHd.index_add_(0, layout.sequence_M, copies_MHd).flatten(1)
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Lift half precisions to fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _keep(like: Tensor, dropout: float) -> Tensor:
+    """Draw 0 for a share of the numbers and 1 elsewhere; sixteen random bits decide on each, to 1/65536 of the share.
+
+    The mask has the numbers' type or, if that is a half precision, the integers of its size: see `_masked`.
+    """
+    words = -(-like.numel() // 4)
+    bits = torch.empty(words, dtype=torch.int64, device=like.device).random_(-(2**63), None).view(torch.int16)
+    bits = bits[: like.numel()].view(like.shape)
+    threshold = min(round(dropout * 2**16), 2**16 - 1) - 2**15
+    return torch.ge(bits, threshold, out=bits if like.itemsize == 2 else like.new_empty(like.shape))
 
 
-def _kept(weights: Tensor, dropout: float) -> Tensor:
-    """Zero a share of the weights, unscaled; sixteen random bits decide on each, to 1/65536 of the share."""
-    words = -(-weights.numel() // 4)
-    bits = torch.empty(words, dtype=torch.int64, device=weights.device).random_(-(2**63), None).view(torch.int16)
-    threshold = round(dropout * 2**16) - 2**15
-    keep = torch.ge(bits[: weights.numel()].view(weights.shape), threshold, out=torch.empty_like(weights))
-    return keep.mul_(weights)  # a product of floats is twice as fast as torch.where
+def _masked(x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Multiply by a mask; a product of integers, or of floats, is many times as fast as torch.where."""
+    return x if keep is None else (x.view(keep.dtype) * keep).view(x.dtype)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dropout: float) -> Tensor:
+        ctx.factor, keep = 1 / (1 - dropout), _keep(x, dropout)
+        ctx.save_for_backward(keep)
+        return _masked(x, keep).mul_(ctx.factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return _masked(gradient.contiguous(), *ctx.saved_tensors).mul_(ctx.factor), None
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws sixteen bits a number, from the default generator: a third of the library's time on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = self.training and 0 < self.p < 1 and not x.is_cuda
+        return _Dropped.apply(x, self.p) if drawn else super().forward(x)
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:

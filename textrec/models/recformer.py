@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from textrec.models.attention import PATHS, BandedAttention, BandLayout
+from textrec.models.attention import PATHS, BandedAttention, BandLayout, Dropout
 from textrec.models.saving import Saved
 from textrec.schema import InputError
 
@@ -75,7 +75,7 @@ class RecFormerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.enter, self.leave = nn.Linear(width, config.intermediate_size), nn.Linear(config.intermediate_size, width)
         self.forward_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_TD: Tensor, layout: BandLayout, first_only: bool = False) -> Tensor:
         """Return the states (T, D) or, with `first_only`, those of the first tokens (B, D)."""
@@ -102,7 +102,7 @@ class RecFormer(Saved, nn.Module):
         self.type_table = nn.Embedding(config.num_token_types, width)
         self.item_position_table = nn.Embedding(config.max_items + 1, width)
         self.embedding_norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(RecFormerBlock(config) for _ in range(config.num_layers))
         draw_weights(self, config.initial_std)
 
