@@ -78,8 +78,8 @@ class RotaryAttention(nn.Module):
         self.query, self.key = nn.Linear(width, width, bias=False), nn.Linear(width, shared, bias=False)
         self.value, self.output = nn.Linear(width, shared, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], layout: Layout, remember=None) -> Tensor:
-        queries_TD, keys_TC = (_rotate(project(x_TD), turns) for project in (self.query, self.key))
+    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, remember=None) -> Tensor:
+        queries_TD, keys_TC = (_rotate(project(x_TD), turns_T1P) for project in (self.query, self.key))
         pairs_TD = torch.cat([keys_TC, self.value(x_TD)], 1)
         if remember is not None:
             return self.output(layout.pack(self._mix(layout.pad(queries_TD), *remember(pairs_TD))))
@@ -98,12 +98,11 @@ class RotaryAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
 
-def _rotate(x_TD: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x_TD: Tensor, turns_T1P: Tensor) -> Tensor:
     """Turn neighbouring pairs (0, 1), (2, 3), ... of every head by the angles of their positions, in fp32 at least."""
-    cosine_T1P, sine_T1P = turns
-    even, odd = x_TD.unflatten(1, (-1, cosine_T1P.shape[2], 2)).unbind(3)
-    turned = torch.stack([even * cosine_T1P - odd * sine_T1P, even * sine_T1P + odd * cosine_T1P], 3)
-    return turned.flatten(1).to(x_TD.dtype)
+    exact = torch.promote_types(x_TD.dtype, torch.float32)
+    pairs = torch.view_as_complex(x_TD.to(exact).unflatten(1, (-1, turns_T1P.shape[2], 2)))
+    return torch.view_as_real(pairs * turns_T1P).flatten(1).to(x_TD.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -130,8 +129,8 @@ class LlamaBlock(nn.Module):
         self.attention, self.feed_forward = RotaryAttention(config), SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], layout: Layout, remember=None) -> Tensor:
-        x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), turns, layout, remember))
+    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, remember=None) -> Tensor:
+        x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), turns_T1P, layout, remember))
         return x_TD + self.dropout(self.feed_forward(self.forward_norm(x_TD)))
 
 
@@ -178,11 +177,11 @@ class Llama(SequenceModel):
         size = config.embedding_dim // config.num_heads
         steps_P = torch.arange(0, size, 2, device=items_T.device).float() / size
         angles_T1P = (positions_T[:, None] * config.rope_theta**-steps_P)[:, None]
-        turns = angles_T1P.cos(), angles_T1P.sin()
+        turns_T1P = torch.polar(torch.ones_like(angles_T1P), angles_T1P)  # one complex number per pair of channels
         scale = math.sqrt(config.embedding_dim) if config.scale_item_table else 1.0
         x_TD = self.dropout(self.item_table(items_T) * scale)
         for block, remember in zip(self.blocks, remembering or [None] * config.num_blocks, strict=True):
-            x_TD = block(x_TD, turns, layout, remember)
+            x_TD = block(x_TD, turns_T1P, layout, remember)
         x_TD = self.final_norm(x_TD)
         return x_TD if config.temperature is None else F.normalize(x_TD, dim=-1, eps=1e-6) / config.temperature
 

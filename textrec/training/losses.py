@@ -6,9 +6,12 @@ the number of positions of all processes.
 """
 
 import math
+import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csc_array
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -65,17 +68,14 @@ def sampled_softmax(
     scores (logQ correction) it makes the estimate of the full softmax consistent. The target is there for certain, so
     its score stays as it is (Blanc & Rendle 2018).
     """
+    target_T1 = (hidden_TD * F.embedding(targets_T, items_ID)).sum(1, keepdim=True)
     if negatives.dim() == 1:
-        targets_T1 = targets_T[:, None]
-        target_T1 = (hidden_TD * F.embedding(targets_T, items_ID)).sum(1, keepdim=True)
         scores_TN = hidden_TD @ F.embedding(negatives, items_ID).T
     else:
-        targets_T1 = targets_T[:, None]
-        picked = picked_scores(hidden_TD, items_ID, torch.cat([targets_T1, negatives], 1))
-        target_T1, scores_TN = picked[:, :1], picked[:, 1:]
+        scores_TN = picked_scores(hidden_TD, items_ID, negatives)
     if log_probability_I is not None:
         scores_TN = scores_TN - log_probability_I[negatives]
-    return _contrast(target_T1, scores_TN, negatives == targets_T1)
+    return _contrast(target_T1, scores_TN, negatives == targets_T[:, None])
 
 
 def mixture_softmax(mixture, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, negatives_N: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def mixture_softmax(mixture, hidden_TD: Tensor, items_ID: Tensor, targets_T: Ten
 
 
 def _contrast(target_T1: Tensor, scores_TN: Tensor, same_TN: Tensor) -> Tensor:
-    scores_TN = scores_TN.masked_fill(same_TN, -torch.inf)
-    return (torch.cat([target_T1, scores_TN], 1).logsumexp(1) - target_T1[:, 0]).sum()
+    others_T = scores_TN.masked_fill(same_TN, torch.finfo(scores_TN.dtype).min).logsumexp(1)
+    return F.softplus(others_T - target_T1[:, 0]).sum()
 
 
 def gbce(
@@ -116,12 +116,40 @@ def gbce(
 def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
     """Return the scores (T, N) of chosen items.
 
-    Many picks of a small catalogue go through the full product in blocks: reading N rows per position from memory costs
-    more than multiplying with all of them once.
+    On a CPU they are the numbers of a sparse matrix, whose products read the picked rows from cache. Elsewhere, and for
+    picks of a great part of the catalogue, the full product in blocks is cheaper than N rows per position from memory.
     """
+    if hidden_TD.device.type == "cpu" and picks_TN.shape[1] * 4 < len(items_ID):
+        return _SparseScores.apply(hidden_TD, items_ID, picks_TN)
     if picks_TN.shape[1] * 64 < len(items_ID):
         return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
     return _PickedScores.apply(hidden_TD, items_ID, picks_TN)
+
+
+class _SparseScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, items_ID, picks_TN)
+        starts = torch.arange(0, picks_TN.numel() + 1, picks_TN.shape[1])
+        values, size = hidden_TD.new_zeros(picks_TN.numel()), (len(picks_TN), len(items_ID))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(starts, picks_TN.flatten(), values, size, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, hidden_TD, items_ID.T, beta=0.0).values().view(picks_TN.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TN: Tensor):
+        hidden_TD, items_ID, picks_TN = ctx.saved_tensors
+        hidden_wants, items_want, _ = ctx.needs_input_grad
+        grad_hidden_TD = grad_items_ID = None
+        if hidden_wants:
+            grad_hidden_TD = F.embedding_bag(picks_TN, items_ID, per_sample_weights=grad_TN.contiguous(), mode="sum")
+        if items_want:  # torch has no product with the transposed matrix that does not sort all picks first
+            picks, starts = picks_TN.int().numpy().ravel(), np.arange(0, picks_TN.numel() + 1, picks_TN.shape[1], "i4")
+            by_item = csc_array((grad_TN.numpy().ravel(), picks, starts), shape=(len(items_ID), len(picks_TN)))
+            grad_items_ID = torch.from_numpy(by_item @ hidden_TD.numpy())
+        return grad_hidden_TD, grad_items_ID, None
 
 
 class _PickedScores(torch.autograd.Function):

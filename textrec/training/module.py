@@ -131,10 +131,12 @@ class SequenceModule(DistributedModule):
         if config.reject_history and not shared:
             seen_BI = torch.zeros(len(items_BL), num_items + 1, dtype=torch.bool, device=device)
             seen_BI.scatter_(1, items_BL, True)
-            rows_T1 = (items_BL != PADDING_ID).nonzero()[:, :1]
+            rows_T = (items_BL != PADDING_ID).nonzero()[:, 0]
+            again_P2 = seen_BI[rows_T[:, None], negatives].nonzero()
             for _ in range(8):  # a history of half the catalogue still leaves 1 in 256 draws inside it
-                drawn = torch.randint(1, num_items + 1, shape, generator=source, device=device)
-                negatives = torch.where(seen_BI[rows_T1, negatives], drawn, negatives)
+                drawn_P = torch.randint(1, num_items + 1, (len(again_P2),), generator=source, device=device)
+                negatives[again_P2[:, 0], again_P2[:, 1]] = drawn_P
+                again_P2 = again_P2[seen_BI[rows_T[again_P2[:, 0]], drawn_P]]
         return negatives
 
     def configure_optimizers(self):
