@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from textrec.evaluation.significance import bootstrap_interval, effect_size, equivalence, holm, paired_randomisation
+from textrec.evaluation.significance import bootstrap_interval, equivalence, holm, paired_randomisation
 from textrec.seeding import generator
 
 
@@ -84,13 +84,6 @@ def test_pairing_finds_what_unpaired_values_hide():
     improved = base + 0.05 + rng.normal(0, 0.1, (1, 300))
     assert paired_randomisation(improved, base) < 0.001
     assert paired_randomisation(improved, rng.permuted(base, axis=1)) > 0.05
-
-
-def test_effect_size_by_hand():
-    assert effect_size([[2.0, 4.0, 6.0]], [[1.0, 2.0, 3.0]]) == pytest.approx(2.0)  # differences 1, 2, 3
-    assert effect_size([[1.0, 2.0]], [[1.0, 2.0]]) == 0
-    with pytest.raises(ValueError, match="same amount"):
-        effect_size([[2.0, 3.0]], [[1.0, 2.0]])
 
 
 def test_holm_by_hand():

@@ -18,15 +18,9 @@ BLOCK_CELLS = 2**23  # users of a block x catalogue; draws depend on it, so it i
 
 
 def draw_negatives(
-    histories: Histories,
-    users_U: np.ndarray,
-    targets_at_U: np.ndarray,
-    *,
-    weights_I: np.ndarray,
-    num_negatives: int = 100,
-    seed: int = 0,
-    legacy: bool = False,
-) -> np.ndarray:
+    histories: Histories, users_U: np.ndarray, targets_at_U: np.ndarray, *, weights_I: np.ndarray,
+    num_negatives: int = 100, seed: int = 0, legacy: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Draw distinct unseen items [U, N], int64, in proportion to `weights_I`: ones are `uniform`, counts `popular`.
 
     Entry j of the weights is item j + 1; `targets_at_U` are positions in the users' rows. `legacy` is S100p: seen items
@@ -52,14 +46,9 @@ def draw_negatives(
 
 
 def legacy_uniform_negatives(
-    histories: Histories,
-    users_U: np.ndarray,
-    train_ends_U: np.ndarray,
-    *,
-    num_items: int,
-    num_negatives: int = 100,
-    seed: int = 0,
-) -> np.ndarray:
+    histories: Histories, users_U: np.ndarray, train_ends_U: np.ndarray, *, num_items: int,
+    num_negatives: int = 100, seed: int = 0,
+) -> np.ndarray:  # fmt: skip
     """Draw S100u [U, N], int64: with replacement, rejecting the training part only.
 
     So the validation item and the target itself may come, and an item may come twice.

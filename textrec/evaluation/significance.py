@@ -43,17 +43,6 @@ def paired_randomisation(a_SU: np.ndarray, b_SU: np.ndarray, *, draws: int = 10_
     return (sum(int((np.abs(sums_R) >= observed).sum()) for sums_R in blocks) + 1) / (draws + 1)
 
 
-def effect_size(a_SU: np.ndarray, b_SU: np.ndarray) -> float:
-    """Return Cohen's d of the paired differences: their mean over their standard deviation, 0 where nothing differs."""
-    differences_U = _differences(a_SU, b_SU)
-    if not differences_U.any():
-        return 0.0
-    deviation = differences_U.std(ddof=1) if len(differences_U) > 1 else 0.0
-    if deviation == 0:
-        raise ValueError("every user differs by the same amount: the effect size is not defined")
-    return float(differences_U.mean() / deviation)
-
-
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Return p-values adjusted for testing all of them (Holm 1979), in the given order."""
     p_values = np.asarray(p_values, dtype=np.float64)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from textrec.models.mixture_of_logits import MixtureOfLogits, MixtureOfLogitsConfig
-from textrec.models.sequence_model import Layout, SequenceModel, newest
+from textrec.models.sequence_model import Layout, SequenceModel, newest, rotary_turns, rotate
 from textrec.schema import PADDING_ID
 
 TIME_BUCKETS, BUCKET_WIDTH = 129, 0.301  # a bucket spans a factor of e ** 0.301 seconds
@@ -314,19 +314,11 @@ class ToyLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
         u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.config.widths, 1)
-        q, k = (self._rotated(x, tiles.layout.columns_T) for x in (q / math.sqrt(self.config.attention_dim), k))
+        turns_T1P = rotary_turns(tiles.layout.columns_T, self.config.attention_dim)
+        q, k = (rotate(x, turns_T1P) for x in (q / math.sqrt(self.config.attention_dim), k))
         bias_LL = _causal(self.project.weight.new_zeros(tiles.length, tiles.length))
         mixed = _PointwiseAttention.apply(q, k, v, bias_LL, None, tiles, self.config.num_heads)
         return x_TD + self.dropout(self.output(self.mixed_norm(mixed) * u))
-
-    def _rotated(self, x_TC: Tensor, positions_T: Tensor) -> Tensor:
-        """Turn each pair of channels by its position times 10000 ** (-2 pair / attention_dim)."""
-        exact = torch.promote_types(x_TC.dtype, torch.float32)
-        pairs = torch.arange(0, self.config.attention_dim, 2, device=x_TC.device) / self.config.attention_dim
-        angles_T1P = positions_T[:, None, None] * 10_000.0 ** -pairs.to(exact)
-        even, odd = x_TC.view(len(x_TC), self.config.num_heads, -1, 2).unbind(3)
-        sine, cosine = (x.to(x_TC) for x in (angles_T1P.sin(), angles_T1P.cos()))
-        return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], 3).flatten(1)
 
 
 LAYERS = {"hstu": HSTULayer, "fuxi": FuXiLayer, "toy": ToyLayer}

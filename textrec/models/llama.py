@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textrec.models.saving import load_exactly
-from textrec.models.sequence_model import Layout, SequenceModel, newest
+from textrec.models.sequence_model import Layout, SequenceModel, newest, rotary_turns, rotate
 from textrec.schema import PADDING_ID, InputError
 
 RENAMED = {  # names of transformers -> ours
@@ -79,7 +79,7 @@ class RotaryAttention(nn.Module):
         self.value, self.output = nn.Linear(width, shared, bias=False), nn.Linear(width, width, bias=False)
 
     def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, remember=None) -> Tensor:
-        queries_TD, keys_TC = (_rotate(project(x_TD), turns_T1P) for project in (self.query, self.key))
+        queries_TD, keys_TC = (rotate(project(x_TD), turns_T1P) for project in (self.query, self.key))
         pairs_TD = torch.cat([keys_TC, self.value(x_TD)], 1)
         if remember is not None:
             return self.output(layout.pack(self._mix(layout.pad(queries_TD), *remember(pairs_TD))))
@@ -96,13 +96,6 @@ class RotaryAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=keys.shape[1] != queries.shape[1],
         )  # fmt: skip
         return mixed.transpose(1, 2).flatten(2)
-
-
-def _rotate(x_TD: Tensor, turns_T1P: Tensor) -> Tensor:
-    """Turn neighbouring pairs (0, 1), (2, 3), ... of every head by the angles of their positions, in fp32 at least."""
-    exact = torch.promote_types(x_TD.dtype, torch.float32)
-    pairs = torch.view_as_complex(x_TD.to(exact).unflatten(1, (-1, turns_T1P.shape[2], 2)))
-    return torch.view_as_real(pairs * turns_T1P).flatten(1).to(x_TD.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -174,10 +167,7 @@ class Llama(SequenceModel):
 
     def _states(self, items_T: Tensor, positions_T: Tensor, layout: Layout, remembering=None) -> Tensor:
         config = self.config
-        size = config.embedding_dim // config.num_heads
-        steps_P = torch.arange(0, size, 2, device=items_T.device).float() / size
-        angles_T1P = (positions_T[:, None] * config.rope_theta**-steps_P)[:, None]
-        turns_T1P = torch.polar(torch.ones_like(angles_T1P), angles_T1P)  # one complex number per pair of channels
+        turns_T1P = rotary_turns(positions_T, config.embedding_dim // config.num_heads, config.rope_theta)
         scale = math.sqrt(config.embedding_dim) if config.scale_item_table else 1.0
         x_TD = self.dropout(self.item_table(items_T) * scale)
         for block, remember in zip(self.blocks, remembering or [None] * config.num_blocks, strict=True):

@@ -176,3 +176,17 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
         return items_BL
     from_end_BL = (items_BL != PADDING_ID).flip(1).cumsum(1).flip(1)  # the newest real item counts 1
     return items_BL * (from_end_BL <= max_length)
+
+
+def rotary_turns(positions_T: Tensor, size: int, theta: float = 10_000.0) -> Tensor:
+    """Return what `rotate` multiplies with (T, 1, size / 2): a complex number per pair of a head's `size` channels."""
+    steps_P = torch.arange(0, size, 2, device=positions_T.device) / size
+    angles_T1P = positions_T[:, None, None] * theta**-steps_P
+    return torch.polar(torch.ones_like(angles_T1P), angles_T1P)
+
+
+def rotate(x_TD: Tensor, turns_T1P: Tensor) -> Tensor:
+    """Turn neighbouring pairs (0, 1), (2, 3), ... of every head by the angles of their positions, in fp32 at least."""
+    exact = torch.promote_types(x_TD.dtype, torch.float32)
+    pairs = torch.view_as_complex(x_TD.to(exact).unflatten(1, (-1, turns_T1P.shape[2], 2)))
+    return torch.view_as_real(pairs * turns_T1P).flatten(1).to(x_TD.dtype)

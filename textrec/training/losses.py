@@ -116,10 +116,10 @@ def gbce(
 def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
     """Return the scores (T, N) of chosen items.
 
-    On a CPU they are the numbers of a sparse matrix, whose products read the picked rows from cache. Elsewhere, and for
-    picks of a great part of the catalogue, the full product in blocks is cheaper than N rows per position from memory.
+    On a CPU they are the numbers of a sparse matrix, whose products read the picked rows from cache. Elsewhere many
+    picks go through the full product in blocks, which is cheaper than N rows per position from memory.
     """
-    if hidden_TD.device.type == "cpu" and picks_TN.shape[1] * 4 < len(items_ID):
+    if hidden_TD.device.type == "cpu":
         return _SparseScores.apply(hidden_TD, items_ID, picks_TN)
     if picks_TN.shape[1] * 64 < len(items_ID):
         return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
@@ -141,15 +141,11 @@ class _SparseScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TN: Tensor):
         hidden_TD, items_ID, picks_TN = ctx.saved_tensors
-        hidden_wants, items_want, _ = ctx.needs_input_grad
-        grad_hidden_TD = grad_items_ID = None
-        if hidden_wants:
-            grad_hidden_TD = F.embedding_bag(picks_TN, items_ID, per_sample_weights=grad_TN.contiguous(), mode="sum")
-        if items_want:  # torch has no product with the transposed matrix that does not sort all picks first
-            picks, starts = picks_TN.int().numpy().ravel(), np.arange(0, picks_TN.numel() + 1, picks_TN.shape[1], "i4")
-            by_item = csc_array((grad_TN.numpy().ravel(), picks, starts), shape=(len(items_ID), len(picks_TN)))
-            grad_items_ID = torch.from_numpy(by_item @ hidden_TD.numpy())
-        return grad_hidden_TD, grad_items_ID, None
+        grad_hidden_TD = F.embedding_bag(picks_TN, items_ID, per_sample_weights=grad_TN.contiguous(), mode="sum")
+        # torch has no product with the transposed matrix that does not sort all picks first
+        picks, starts = picks_TN.int().numpy().ravel(), np.arange(0, picks_TN.numel() + 1, picks_TN.shape[1], "i4")
+        by_item = csc_array((grad_TN.numpy().ravel(), picks, starts), shape=(len(items_ID), len(picks_TN)))
+        return grad_hidden_TD, torch.from_numpy(by_item @ hidden_TD.numpy()), None
 
 
 class _PickedScores(torch.autograd.Function):
