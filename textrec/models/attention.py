@@ -248,9 +248,10 @@ class _Band(torch.autograd.Function):
         gathered, weights, *keep = ctx.saved_tensors
         layout, dim, factor = ctx.layout, gathered.shape[1], 1 / (1 - ctx.dropout)
         query, key, value = _split(gathered, layout)
-        gradient = torch.zeros_like(query)
-        gradient.view(-1, dim).index_copy_(0, layout.mixed_rows, packed)
-        scores = _masked(_product(gradient, _seen(value, layout), factor), *keep)
+        gradient = torch.zeros_like(query).view(-1, dim).index_copy_(0, layout.mixed_rows, packed).view_as(query)
+        scores = _product(gradient, _seen(value, layout), factor)
+        for mask in keep:
+            scores.view(mask.dtype).mul_(mask)
         scores = torch._softmax_backward_data(scores, weights, -1, scores.dtype)
         returned = torch.empty_like(gathered)
         query_grad, key_grad, value_grad = _split(returned, layout)
