@@ -143,6 +143,16 @@ def test_scatter_names_every_point_once_and_states_the_agreement_of_the_orders()
     assert "tau 0.33" in figure.axes[0].get_title(loc="left")  # two of three pairs agree: (2 - 1) / 3
 
 
+def test_crowded_names_stay_beside_the_axes_and_move_no_further_than_they_must():
+    figure = draw([{"row": str(n), "x": n, "y": y} for n, y in enumerate((0.0, 0.96, 0.97, 0.98, 0.99, 1.0))])
+    (axes,) = figure.axes
+    height = {text.get_text(): text.xyann[1] for text in axes.texts}
+    (bottom, top), apart = axes.get_ylim(), np.diff(sorted(height.values()))
+    assert height["0"] == pytest.approx(0.0) and apart.min() >= 0.0549 * (top - bottom)
+    assert bottom <= min(height.values()) and max(height.values()) <= top
+    assert np.mean([height[str(n)] for n in range(1, 6)]) == pytest.approx(0.98, abs=0.01)
+
+
 def test_lengths_and_empty_data_are_drawn():
     figures.plot_history_lengths({"set": list(range(1, 102))})
     figures.plot_validation_curves([])

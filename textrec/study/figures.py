@@ -219,12 +219,15 @@ def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch"):
 
 
 def _label_ends(axes, ends: Sequence[tuple]) -> None:
-    """Name each point at the right edge, a line to it, names moved apart so that none covers another."""
-    bottom, top = axes.get_ylim()
-    gap, level = 0.055 * (top - bottom), -np.inf
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        level = max(y, level + gap)
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+    """Name each point at the right edge, a line to it, names moved no further than none covers another."""
+    from scipy.optimize import isotonic_regression
+
+    (bottom, top), ends = axes.get_ylim(), sorted(ends, key=lambda end: end[1])
+    steps_N = min(0.055, 1 / max(len(ends), 1)) * (top - bottom) * np.arange(len(ends))
+    levels_N = isotonic_regression([y for _, y, _, _ in ends] - steps_N).x if ends else steps_N
+    levels_N = levels_N.clip(bottom, top - steps_N[-1:].sum()) + steps_N
+    for (x, y, name, colour), level in zip(ends, levels_N, strict=True):
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
         axes.annotate(name, (x, y), xytext=(1.01, level), textcoords=axes.get_yaxis_transform(), color=_ink(colour),
                       va="center", fontsize=8.5, arrowprops=arrow)  # fmt: skip
 
