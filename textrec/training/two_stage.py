@@ -67,7 +67,7 @@ class TwoStageConfig:
     optimistic_ties: bool = False  # validation by the best rank of tied items; else by the expected one
     batch_means: bool = False  # validation by the mean of the means of batches
     validation_users: int | None = None  # a seeded sample for the validation curve; None: all
-    max_batch_tokens: int = 16_384  # while items and users are encoded without gradients
+    max_batch_tokens: int = 4_096  # while items and users are encoded without gradients; for a CPU
     precision: str = "auto"  # see `TrainingConfig`
     strategy: str = "auto"
 
