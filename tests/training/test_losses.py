@@ -205,17 +205,21 @@ def test_gbce_still_learns_where_the_published_transform_is_frozen():
         assert (hidden_TD.grad.item() == 0) == bool(frozen)
 
 
-@pytest.mark.parametrize("num_picks", [1, 5])
-@pytest.mark.parametrize("way", [losses._SparseScores, losses._PickedScores], ids=["on a CPU", "elsewhere"])
-def test_picked_scores_equal_the_gathered_product(tensors, block_numbers, num_picks, way):
-    hidden_TD, items_ID, _ = tensors
+WAYS = {"whichever": losses.picked_scores, "sparse": losses._SparseScores.apply, "blocks": losses._PickedScores.apply}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_picks"), [(n, k) for n in WAYS for k in (1, 5, I + 5) if (n, k) != ("sparse", I + 5)]
+)
+def test_picked_scores_equal_the_gathered_product(tensors, block_numbers, name, num_picks):
+    (hidden_TD, items_ID, _), way = tensors, WAYS[name]
     source = torch.Generator().manual_seed(2)
     picks_TN = torch.randint(1, I, (T, num_picks), generator=source)
     picks_TN[:, -1] = picks_TN[:, 0]  # the same item twice in a row: its gradients add up
     weights_TN = torch.randn(T, num_picks, generator=source, dtype=torch.float64)
 
     def ours(h, e):
-        return way.apply(h, e, picks_TN) * weights_TN
+        return way(h, e, picks_TN) * weights_TN
 
     def gathered(h, e):
         return (h @ e.T).gather(1, picks_TN) * weights_TN
@@ -223,7 +227,7 @@ def test_picked_scores_equal_the_gathered_product(tensors, block_numbers, num_pi
     expected = values_and_gradients(gathered, hidden_TD, items_ID)
     torch.testing.assert_close(values_and_gradients(ours, hidden_TD, items_ID), expected, rtol=1e-12, atol=1e-12)
     few_TD = hidden_TD[:4].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, e: way.apply(h, e, picks_TN[:4]), (few_TD, items_ID))
+    assert torch.autograd.gradcheck(lambda h, e: way(h, e, picks_TN[:4]), (few_TD, items_ID))
 
 
 @pytest.mark.parametrize("block", [None, 64 * 16 * 4], ids=["one block", "many blocks"])

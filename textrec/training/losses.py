@@ -116,10 +116,10 @@ def gbce(
 def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
     """Return the scores (T, N) of chosen items.
 
-    On a CPU they are the numbers of a sparse matrix, whose products read the picked rows from cache. Elsewhere many
-    picks go through the full product in blocks, which is cheaper than N rows per position from memory.
+    On a CPU few picks are the numbers of a sparse matrix, whose products read the picked rows from cache. Many picks of
+    a small catalogue go through the full product in blocks, which is cheaper than N rows per position from memory.
     """
-    if hidden_TD.device.type == "cpu":
+    if hidden_TD.device.type == "cpu" and picks_TN.shape[1] * 8 < len(items_ID):
         return _SparseScores.apply(hidden_TD, items_ID, picks_TN)
     if picks_TN.shape[1] * 64 < len(items_ID):
         return torch.einsum("td,tnd->tn", hidden_TD, F.embedding(picks_TN, items_ID))
