@@ -314,7 +314,8 @@ class ToyLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
         u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.config.widths, 1)
-        turns_T1P = rotary_turns(tiles.layout.columns_T, self.config.attention_dim)
+        exact = torch.promote_types(x_TD.dtype, torch.float32)
+        turns_T1P = rotary_turns(tiles.layout.columns_T, self.config.attention_dim, dtype=exact)
         q, k = (rotate(x, turns_T1P) for x in (q / math.sqrt(self.config.attention_dim), k))
         bias_LL = _causal(self.project.weight.new_zeros(tiles.length, tiles.length))
         mixed = _PointwiseAttention.apply(q, k, v, bias_LL, None, tiles, self.config.num_heads)
