@@ -80,6 +80,13 @@ def test_every_claim_is_judged_once_over_all_seeds():
     assert str(judged["elsewhere"].verdict) == "not attempted (no record of notebook 01 on ml-20m)"
 
 
+def test_an_ordering_counts_the_seeds_that_have_both_rows():
+    first, second = study()
+    second = record([row("sasrec_ce", 0.19)], seed=1, claims=[second.claims[0] | {"low": None}])
+    judged = {entry.verdict.claim.id: entry for entry in tables.judge_study([first, second], "laptop", CLAIMS)}
+    assert (judged["level"].seeds, judged["order"].seeds) == ((0, 1), (0,))
+
+
 def test_an_ordering_without_a_paired_interval_is_not_judged():
     group = [record([row("sasrec_ce", 0.2), row("sasrec_bce", 0.1)])]
     judged = {entry.verdict.claim.id: entry.verdict for entry in tables.judge_study(group, "laptop", CLAIMS)}

@@ -127,9 +127,10 @@ def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Clai
         verdicts = judge_rows(rows, notebook=first.notebook, dataset=first.dataset["name"], protocol=first.protocol,
                               scale=first.scale, differences=_differences(group, claims), claims=claims)  # fmt: skip
         for verdict in verdicts:
-            earlier = judged.get(verdict.claim.id)
+            claim, earlier = verdict.claim, judged.get(verdict.claim.id)
+            shared = tuple(seed for seed in seeds.get(claim.row, ()) if seed in seeds.get(claim.over or claim.row, ()))
             if earlier is None or earlier.verdict.word == NOT_ATTEMPTED:
-                judged[verdict.claim.id] = Judged(verdict, seeds.get(verdict.claim.row, ()), command(group))
+                judged[claim.id] = Judged(verdict, shared, command(group))
     for claim in (claim for claim in claims.values() if claim.row and claim.id not in judged):
         reason = f"no record of notebook {claim.notebook} on {claim.dataset}"
         judged[claim.id] = Judged(Verdict(claim, NOT_ATTEMPTED, reason=reason))
