@@ -230,6 +230,15 @@ def test_picked_scores_equal_the_gathered_product(tensors, block_numbers, name, 
     assert torch.autograd.gradcheck(lambda h, e: way(h, e, picks_TN[:4]), (few_TD, items_ID))
 
 
+@pytest.mark.parametrize("num_targets", [0, 3])
+def test_positions_without_a_negative_that_counts_cost_nothing(num_targets):
+    hidden_TD, items_ID = torch.randn(num_targets, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    targets_T = torch.arange(1, num_targets + 1)
+    loss = losses.sampled_softmax(hidden_TD, items_ID, targets_T, targets_T[:, None].repeat(1, 2))
+    loss.backward()
+    assert loss.item() == 0 and not hidden_TD.grad.any() and not items_ID.grad.any()
+
+
 @pytest.mark.parametrize("block", [None, 64 * 16 * 4], ids=["one block", "many blocks"])
 def test_the_mixtures_softmax_is_cross_entropy_of_its_scores(tensors, block, monkeypatch):
     if block:

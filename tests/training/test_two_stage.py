@@ -45,10 +45,10 @@ class Watched:
         plain_encode, plain_save = module.encode_items, module.save_pair
         plain_step = module.TwoStageModule.training_step
 
-        def encode(model, texts, training, trainer):
+        def encode(model, texts, trainer):
             assert not self.events or trainer.lightning_module.stage == 1
             self.events.append(("encode", trainer.current_epoch))
-            return plain_encode(model, texts, training, trainer)
+            return plain_encode(model, texts, trainer)
 
         def validate(model, texts, items_ID, training, users, trainer):
             stage = trainer.lightning_module.stage

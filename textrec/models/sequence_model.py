@@ -178,7 +178,7 @@ def newest(items_BL: Tensor, max_length: int) -> Tensor:
     return items_BL * (from_end_BL <= max_length)
 
 
-def rotary_turns(positions_T: Tensor, size: int, theta: float = 10_000.0, dtype: Any = torch.float32) -> Tensor:
+def rotary_turns(positions_T: Tensor, size: int, theta: float = 1e4, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what `rotate` multiplies with (T, 1, size / 2): a complex number per pair of a head's `size` channels."""
     steps_P = torch.arange(0, size, 2, device=positions_T.device, dtype=dtype) / size
     angles_T1P = positions_T[:, None, None] * theta**-steps_P

@@ -219,13 +219,14 @@ def plot_validation_curves(data: Sequence[Mapping], *, x: str = "epoch"):
 
 
 def _label_ends(axes, ends: Sequence[tuple]) -> None:
-    """Name each point at the right edge, a line to it, names moved no further than none covers another."""
+    """Name each point at the right edge, a line to it; names are moved just so far that none covers another."""
     from scipy.optimize import isotonic_regression
 
+    if not ends:
+        return
     (bottom, top), ends = axes.get_ylim(), sorted(ends, key=lambda end: end[1])
-    steps_N = min(0.055, 1 / max(len(ends), 1)) * (top - bottom) * np.arange(len(ends))
-    levels_N = isotonic_regression([y for _, y, _, _ in ends] - steps_N).x if ends else steps_N
-    levels_N = levels_N.clip(bottom, top - steps_N[-1:].sum()) + steps_N
+    steps_N = min(0.055, 1 / len(ends)) * (top - bottom) * np.arange(len(ends))
+    levels_N = isotonic_regression([y for _, y, _, _ in ends] - steps_N).x.clip(bottom, top - steps_N[-1]) + steps_N
     for (x, y, name, colour), level in zip(ends, levels_N, strict=True):
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
         axes.annotate(name, (x, y), xytext=(1.01, level), textcoords=axes.get_yaxis_transform(), color=_ink(colour),

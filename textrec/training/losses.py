@@ -8,7 +8,6 @@ the number of positions of all processes.
 import math
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse import csc_array
@@ -129,8 +128,8 @@ def picked_scores(hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tens
 class _SparseScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, picks_TN: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_TD, items_ID, picks_TN)
         starts = torch.arange(0, picks_TN.numel() + 1, picks_TN.shape[1])
+        ctx.save_for_backward(hidden_TD, items_ID, picks_TN, starts)
         values, size = hidden_TD.new_zeros(picks_TN.numel()), (len(picks_TN), len(items_ID))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -140,11 +139,11 @@ class _SparseScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TN: Tensor):
-        hidden_TD, items_ID, picks_TN = ctx.saved_tensors
+        hidden_TD, items_ID, picks_TN, starts = ctx.saved_tensors
         grad_hidden_TD = F.embedding_bag(picks_TN, items_ID, per_sample_weights=grad_TN.contiguous(), mode="sum")
         # torch has no product with the transposed matrix that does not sort all picks first
-        picks, starts = picks_TN.int().numpy().ravel(), np.arange(0, picks_TN.numel() + 1, picks_TN.shape[1], "i4")
-        by_item = csc_array((grad_TN.numpy().ravel(), picks, starts), shape=(len(items_ID), len(picks_TN)))
+        parts = (each.numpy() for each in (grad_TN.flatten(), picks_TN.flatten().int(), starts.int()))
+        by_item = csc_array(tuple(parts), shape=(len(items_ID), len(picks_TN)))
         return grad_hidden_TD, torch.from_numpy(by_item @ hidden_TD.numpy()), None
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PACKED = ("token_ids_T", "type_ids_T", "item_positions_T", "lengths_B")  # what `encode` reads, in this order
-MAX_BATCH_TOKENS = 1 << (15 if torch.cuda.is_available() else 12)  # on a CPU more leaves the cache: a fifth slower
+BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}  # encoded at once; on a CPU more leave the cache: a fifth slower
 ITEMS_AT_ONCE = 1 << 14  # whose tokens are compared
 
 
@@ -92,7 +92,7 @@ class TextSet:
 @torch.no_grad()
 def text_ranks(
     encoder: nn.Module, texts: TextSet, which: str, *, items_ID: Tensor | None = None,
-    users: np.ndarray | None = None, max_batch_tokens: int = MAX_BATCH_TOKENS,
+    users: np.ndarray | None = None, max_batch_tokens: int | None = None,
 ) -> Ranks:  # fmt: skip
     """Rank the `validation` or `test` target of `users` (all that have one by default) by cosine over all items.
 
@@ -100,6 +100,7 @@ def text_ranks(
     """
     if items_ID is None:
         items_ID = item_table(encoder, texts, max_batch_tokens=max_batch_tokens)
+    max_batch_tokens = max_batch_tokens or BATCH_TOKENS[items_ID.device.type]
     histories, config = texts.prepared.histories, encoder.config
     users_U, ends_U = texts.prepared.split.targets(which)
     if users is not None:
@@ -127,16 +128,17 @@ def text_ranks(
 
 @torch.no_grad()
 def item_table(
-    encoder: nn.Module, texts: TextSet, *, max_batch_tokens: int = MAX_BATCH_TOKENS, folder: Path | None = None,
+    encoder: nn.Module, texts: TextSet, *, max_batch_tokens: int | None = None, folder: Path | None = None,
     out: Tensor | None = None, rank: int = 0, world_size: int = 1,
 ) -> Tensor:  # fmt: skip
     """Return the unit vectors (I, D), float32, of all items read as histories of one; row 0, padding, is zero.
 
-    Each distinct text is encoded once, longest first, `max_batch_tokens` at a time. `folder` keeps the vectors on disk
-    (see `text_vectors`), under the hash of the weights; `out` is filled instead of a new tensor and may be a memory
-    map. Several processes share the work and get the same table.
+    Each distinct text is encoded once, longest first, `max_batch_tokens` at a time, by default what suits the device.
+    `folder` keeps the vectors on disk (see `text_vectors`), under the hash of the weights; `out` is filled instead of a
+    new tensor and may be a memory map. Several processes share the work and get the same table.
     """
     tokens, device = texts.tokens, next(encoder.parameters()).device
+    max_batch_tokens = max_batch_tokens or BATCH_TOKENS[device.type]
     first_U, inverse_N = distinct_items(tokens)
     copies_N = np.flatnonzero(first_U[inverse_N] != np.arange(len(inverse_N)))
     with evaluating(encoder):

@@ -67,7 +67,6 @@ class TwoStageConfig:
     optimistic_ties: bool = False  # validation by the best rank of tied items; else by the expected one
     batch_means: bool = False  # validation by the mean of the means of batches
     validation_users: int | None = None  # a seeded sample for the validation curve; None: all
-    max_batch_tokens: int = 4_096  # while items and users are encoded without gradients; for a CPU
     precision: str = "auto"  # see `TrainingConfig`
     strategy: str = "auto"
 
@@ -203,7 +202,7 @@ class StageMonitor(Callback):
         module.start_counting()
         if self.stage.encodes_items:
             with module.whole_model() as model:
-                self.items_ID = encode_items(model, self.texts, self.training, trainer)
+                self.items_ID = encode_items(model, self.texts, trainer)
         module.items_ID = self.items_ID = self.items_ID.to(trainer.strategy.root_device)
 
     def on_train_epoch_end(self, trainer, module) -> None:
@@ -231,19 +230,16 @@ class StageMonitor(Callback):
         trainer.strategy.barrier()
 
 
-def encode_items(model: nn.Module, texts: TextSet, training: TwoStageConfig, trainer) -> Tensor:
+def encode_items(model: nn.Module, texts: TextSet, trainer) -> Tensor:
     """Return I, encoded by all processes together."""
-    processes = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-    return item_table(model, texts, max_batch_tokens=training.max_batch_tokens, **processes)
+    return item_table(model, texts, rank=trainer.global_rank, world_size=trainer.world_size)
 
 
 def validate(model, texts: TextSet, items_ID: Tensor, training: TwoStageConfig, users: np.ndarray, trainer) -> float:
     """Return ndcg@10 over all items, those of the history included, as the published protocol has it."""
     shared = not training.batch_means
     mine = users[trainer.global_rank :: trainer.world_size] if shared else users
-    ranks = text_ranks(
-        model, texts, "validation", items_ID=items_ID, users=mine, max_batch_tokens=training.max_batch_tokens
-    )
+    ranks = text_ranks(model, texts, "validation", items_ID=items_ID, users=mine)
     ties = "optimistic" if training.optimistic_ties else "expected"
     gains_U = per_user_metrics(ranks.kept, ks=(10,), ties=ties)["ndcg@10"]
     if shared:
@@ -320,7 +316,7 @@ def two_stage(
         items_ID = load_pair(result.pair, current) if result.pair else None
         if number == 2 and not result.pair:
             whole = result.model.to(_own_device(device))
-            items_ID = item_table(whole, texts, max_batch_tokens=training.max_batch_tokens)
+            items_ID = item_table(whole, texts)
         stage = Stage(number, training.patience[number - 1], training.max_epochs, training.evaluate_every, result.best)
         monitor = StageMonitor(stage, texts, training, seed, place, identity | {"stage": number}, items_ID)
         of_stage = replace(examples, seed=derive_seed(seed, "stage", number))
