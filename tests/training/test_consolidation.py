@@ -115,11 +115,13 @@ def test_mistakes_are_one_sentence(ring, tmp_path):
     torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "foreign.ckpt")
     (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
     (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "table.csv").write_text("brand,price\n")  # its first letter is an instruction of a pickle
     (tmp_path / "empty.ckpt").touch()
     whole = (tmp_path / "auto" / "last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     for name, message in (
-        *((name, "cannot be read") for name in ("garbage.ckpt", "garbage.safetensors", "empty.ckpt", "cut.ckpt")),
+        *((f"garbage.{suffix}", "cannot be read") for suffix in ("ckpt", "safetensors")),
+        *((name, "cannot be read") for name in ("table.csv", "empty.ckpt", "cut.ckpt")),
         ("other.pt", "holds no state_dict"), ("foreign.ckpt", "holds no saved model"), ("ring", "holds no weights"),
         ("neither/here/nor/there", "no pretrained model"),
     ):  # fmt: skip

@@ -64,9 +64,8 @@ def convert(path: Path, folder: Path, like: Path | None = None) -> None:
         raise InputError(f"{folder} exists: expected the name of a new folder")
     try:
         model = _read_model(path, like)
-    except (RuntimeError, OSError, EOFError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read: expected a whole file of tensors alone ({reason})") from error
+    except (RuntimeError, OSError, EOFError, LookupError, UnpicklingError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: expected a whole file of tensors alone") from error
     near = (place / "tokenizer.json" for place in (path, path.parent / "model", path.parent.parent / "model"))
     with staged_folder(folder) as partial:
         model.save_pretrained(partial)
