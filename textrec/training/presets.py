@@ -66,6 +66,10 @@ PRESETS: dict[str, Preset] = {
         "SASRec", "loss: sampled softmax, 256 uniform negatives per position", _SASREC,
         {"loss": "sampled_softmax", "share_negatives": False},
     ),
+    "sasrec_cosine": Preset(
+        "SASRec", "loss: that of sasrec_ss, of cosines / 0.05", {**_SASREC, "temperature": 0.05},
+        {"loss": "sampled_softmax", "share_negatives": False},
+    ),
     "sasrec_shared": Preset(
         "SASRec", "loss: sampled softmax, 1,024 uniform negatives shared by the batch", _SASREC,
         {"loss": "sampled_softmax", "num_negatives": 1024},
