@@ -92,6 +92,17 @@ def test_another_tie_rule_is_another_test_set_and_smoke_shows_nothing_published(
     assert figures.ladder_data([record([row("sasrec_ce", 0.18)], scale="smoke")])["published"] == []
 
 
+def test_levels_of_another_preparation_are_named_and_judge_nothing():
+    rebuilt = record([row("sasrec_ce", 0.18)], dataset={"name": "ml-1m-w3", "fingerprint": "f" * 16},
+                     protocol=GROUP[0].protocol | {"time_tie_rule": "stable"})  # fmt: skip
+    assert figures.ladder_data([rebuilt], preparations=["ml-1m-w3"])["published"] == []
+    data = figures.ladder_data([rebuilt], preparations=["ml-1m-w1", "ml-1m-w3"])
+    assert {(marker["preparation"], marker["judged"]) for marker in data["published"]} == {("ml-1m-w1", False)}
+    assert 0.1821 in [marker["value"] for marker in data["published"]]
+    legend = [text.get_text() for text in figures.plot_ladder(data).legends[0].get_texts()]
+    assert legend == ["ours, 95 % interval", "published on ml-1m-w1, other test targets"]
+
+
 def test_protocols_and_cost_come_from_slices_and_cost():
     (ce, bert) = figures.protocol_data(GROUP)
     assert (ce["row"], ce["x"], ce["y"]) == ("sasrec_ce", pytest.approx(0.19), pytest.approx(0.095))
@@ -164,3 +175,11 @@ def test_lengths_and_empty_data_are_drawn():
 def test_controls_are_grey_and_models_differ():
     colour = figures.colours(["popularity", "sasrec_ce", "gru4rec"])
     assert colour["popularity"] == figures.GREY and colour["sasrec_ce"] != colour["gru4rec"]
+
+
+def test_bars_below_zero_are_seen():
+    bars = [{"label": "a", "value": 0.1}, {"label": "b", "value": 0.0, "low": -0.2, "high": 0.2}]
+    (axes,) = figures.plot_bars(bars, xlabel="difference").axes
+    assert axes.get_xlim()[0] < -0.2
+    (axes,) = figures.plot_bars(bars[:1], xlabel="value").axes
+    assert axes.get_xlim()[0] == 0

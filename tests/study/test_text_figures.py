@@ -5,8 +5,10 @@ import types
 import matplotlib
 import numpy as np
 import pytest
+from study.invented import ranks, record, row
 
 from textrec.study import figures, text_figures
+from textrec.study.records import Record
 from textrec.training.pretraining import PretrainingConfig
 
 matplotlib.use("Agg")
@@ -83,3 +85,18 @@ def test_an_expectation_holds_where_its_interval_lies_above_zero_and_smoke_says_
     assert list(table["verdict"]) == ["holds", "undecided", "does not hold"] and list(table["low"]) == [0.1, -0.1, -0.3]
     smoke = text_figures.expectation_table(types.SimpleNamespace(scale="smoke"), expected)
     assert set(smoke["verdict"]) == {"plumbing only"}
+
+
+def test_pairs_are_compared_over_the_seeds_whose_ranks_are_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(Record, "folder", property(lambda self: tmp_path / str(self.seed)))
+    above = {("a", 0): [0] * 40, ("b", 0): [4] * 40, ("a", 1): [0] * 40, ("b", 1): [1] * 40, ("a", 2): [0] * 40}
+    for (name, seed), higher in above.items():
+        (tmp_path / str(seed) / "rows" / name).mkdir(parents=True)
+        ranks(higher).save(tmp_path / str(seed) / "rows" / name / "ranks.parquet")
+    group = [record([row(name, 0.1) for name in "ab"], seed=seed) for seed in range(3)]
+    found = text_figures.seed_differences(group, [("a", "b"), ("b", "a"), ("a", "c")])
+    gain = 1 - (1 / np.log2(6) + 1 / np.log2(3)) / 2
+    assert found["a over b, 2 seeds"][0] == pytest.approx(gain) == -found["b over a, 2 seeds"][0]
+    assert len(found) == 2 and found["a over b, 2 seeds"][1] > 0
+    (alone,) = text_figures.seed_differences(group[:1], [("a", "b")]).items()
+    assert alone[0] == "a over b, 1 seed" and alone[1][0] == pytest.approx(1 - 1 / np.log2(6))

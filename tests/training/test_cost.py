@@ -1,5 +1,10 @@
 """What a run cost."""
 
+import sys
+
+import pytest
+import torch
+
 from textrec.training.cost import CPU_WATTS, Meter
 
 
@@ -20,3 +25,13 @@ def test_memory_is_that_of_the_process_which_did_the_work():
     elsewhere = {"peak_rss_gib": 123.0, "peak_gpu_gib": 4.0}
     cost, own = Meter().read(peaks=elsewhere), Meter().read(peaks=None)
     assert (cost["peak_rss_gib"], cost["peak_gpu_gib"]) == (123.0, 4.0) and own["peak_rss_gib"] < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's record of peak memory starts afresh on Linux alone")
+def test_memory_that_was_given_back_before_is_not_counted():
+    meter = Meter()
+    block = torch.ones(2**27)  # half a GiB
+    held = meter.read()["peak_rss_gib"]
+    del block
+    afterwards = Meter().read()["peak_rss_gib"]
+    assert held - afterwards > 0.4 and meter.read()["peak_rss_gib"] == pytest.approx(afterwards, abs=0.1)

@@ -119,28 +119,37 @@ def _ink(colour: str) -> tuple[float, ...]:
 # ---- ladder of rows --------------------------------------------------------------------------------------------------
 
 
-def ladder_data(group: Sequence[Record], metric: str = "ndcg@10") -> dict:
-    """Return our rows over seeds and the published levels of the same set, metric and protocol, from records."""
+def ladder_data(group: Sequence[Record], metric: str = "ndcg@10", preparations: Collection[str] = ()) -> dict:
+    """Return our rows over seeds and the published levels of the same set, metric and protocol, from records.
+
+    Published levels of other `preparations` of the same ratings are marked as such.
+    """
     first = group[0]
     rows = [{"row": row["row"], "changed": row["changed"], "status": row["reason"] or row["status"],
              "seeds": len(row["seeds"])} | row["metrics"].get(metric, {}) for row in merged_rows(group)]  # fmt: skip
-    published = published_levels(first, metric, first.protocol, {row["row"] for row in rows})
+    published = published_levels(first, metric, first.protocol, {row["row"] for row in rows}, preparations)
     return {"dataset": first.dataset["name"], "metric": metric, "rows": rows, "published": published}
 
 
-def published_levels(record: Record, metric: str, protocol: Mapping[str, str], rows: Collection[str]) -> list[dict]:
+def published_levels(record: Record, metric: str, protocol: Mapping[str, str], rows: Collection[str],
+                     preparations: Collection[str] = ()) -> list[dict]:  # fmt: skip
     """Return the published levels on the record's set that stand beside `rows`; smoke has none.
 
-    They are of this `protocol` but for the validation, which takes no test target away.
+    They are of this `protocol` but for the validation, which takes no test target away, and on other `preparations` of
+    the set for the order of equal times, which does; those judge nothing.
     """
-    return [
-        {"row": claim.row or claim.beside, "judged": claim.row is not None, "system": claim.system,
-         "paper": claim.paper, "notebook": claim.notebook, "value": claim.value, "claim": claim.id}
-        for claim in load_claims().values()
-        if (claim.kind, claim.metric) == ("level", metric) and claim.source != "P" and record.scale != "smoke"
-        and (claim.row or claim.beside) in rows
-        and not mismatch(claim, protocol | {"validation": claim.protocol.get("validation")}, record.dataset["name"])
-    ]  # fmt: skip
+    own, found = record.dataset["name"], []
+    for claim in load_claims().values():
+        row, other = claim.row or claim.beside, claim.dataset in {*preparations} - {own}
+        free = ("validation", "time_tie_rule") if other else ("validation",)
+        measured = protocol | {name: claim.protocol.get(name) for name in free}
+        told = (claim.kind, claim.metric) == ("level", metric) and claim.source != "P" and row in rows
+        if told and record.scale != "smoke" and not mismatch(claim, measured, claim.dataset if other else own):
+            found.append({
+                "row": row, "judged": claim.row is not None and not other, "system": claim.system, "value": claim.value,
+                "paper": claim.paper, "notebook": claim.notebook, "claim": claim.id, "preparation": claim.dataset,
+            })  # fmt: skip
+    return found
 
 
 def plot_ladder(data: Mapping):
@@ -162,18 +171,24 @@ def plot_ladder(data: Mapping):
             axes.hlines(y, row["low"], row["high"], color=colour[row["row"]], linewidth=2.4)
             axes.plot(row["value"], y, "o", color=colour[row["row"]], markersize=6)
             axes.plot(row.get("kept", []), [y] * ("kept" in row), "o", color="black", fillstyle="none", markersize=5)
+        others = sorted({marker["preparation"] for marker in data["published"]} - {data["dataset"]})
+        shapes = {data["dataset"]: "d"} | dict(zip(others, "s^v", strict=False))
         for marker in sorted(data["published"], key=lambda marker: marker["judged"]):
             style = {"color": "black", "markersize": 7} if marker["judged"] else {"color": GREY, "markersize": 5}
-            axes.plot(marker["value"], place[marker["row"]] - 0.3, "d", fillstyle="none", **style)
+            shape = shapes[marker["preparation"]]
+            axes.plot(marker["value"], place[marker["row"]] - 0.3, shape, fillstyle="none", **style)
         for line in lines:
             axes.axvline(line["value"], color=GREY, linestyle="--", linewidth=1.2)
             axes.text(line["value"], 0.65, line["row"], color=GREY, fontsize=8, ha="center", va="bottom")
         axes.plot([], [], "o", color=PALETTE[0], label="ours, 95 % interval")
         if any("kept" in row for row in rows):
             axes.plot([], [], "o", color="black", fillstyle="none", markersize=5, label="ours, seen items kept")
-        if data["published"]:
+        if any(marker["judged"] for marker in data["published"]):
             axes.plot([], [], "d", color="black", fillstyle="none", label="published, the level we are judged by")
-            axes.plot([], [], "d", color=GREY, fillstyle="none", markersize=5, label="published by others")
+        unjudged = {m["preparation"] for m in data["published"] if not m["judged"]}
+        for name in (name for name in shapes if name in unjudged):
+            told = "published by others" if name == data["dataset"] else f"published on {name}, other test targets"
+            axes.plot([], [], shapes[name], color=GREY, fillstyle="none", markersize=5, label=told)
         axes.set_yticks(list(place.values()), list(place))
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         axes.grid(axis="y", visible=False)
@@ -282,7 +297,10 @@ def plot_bars(data: Sequence[Mapping], *, xlabel: str, percent: bool = False):
         axes.set_yticks([-place for place in range(len(data))], [bar["label"] for bar in data])
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
-        axes.set_xlim(0, axes.get_xlim()[1] if any(bar["value"] for bar in data) else 1)
+        if any(min(bar["value"], bar.get("low") or 0) < 0 for bar in data):
+            axes.axvline(0, color=GREY, linewidth=1)
+        else:
+            axes.set_xlim(0, axes.get_xlim()[1] if any(bar["value"] for bar in data) else 1)
         axes.set_xlabel(f"{xlabel} (%)" if percent else xlabel)
         if len(colour) > 1:
             handles = [axes.barh(np.nan, np.nan, color=shade, label=name) for name, shade in colour.items()]

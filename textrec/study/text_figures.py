@@ -1,14 +1,16 @@
 """Figures of the text models' notebooks in the house style of `figures.py`, and what was expected of their runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from textrec.evaluation.metrics import mean_metrics
-from textrec.evaluation.ranking import Counts
+from textrec.evaluation.ranking import Counts, Ranks
 from textrec.study.claims import PLUMBING
 from textrec.study.figures import GREY, PALETTE, WIDTH, house_style
-from textrec.study.records import Run
+from textrec.study.records import Record, Run
+from textrec.study.tables import paired_difference
 
 
 def expectation_table(run: Run, expected: Mapping[str, tuple[float, float, float]]):
@@ -23,6 +25,23 @@ def expectation_table(run: Run, expected: Mapping[str, tuple[float, float, float
         word = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         lines.append([what, value, low, high, PLUMBING if run.scale == "smoke" else word])
     return pandas.DataFrame(lines, columns=["should exceed zero", "value", "low", "high", "verdict"])
+
+
+def seed_differences(
+    group: Sequence[Record], pairs: Iterable[Sequence[str]], metric: str = "ndcg@10"
+) -> dict[str, tuple[float, float, float]]:
+    """Return {"a over b, n seeds": (value, low, high)}, paired over users and all seeds whose ranks are at hand.
+
+    A pair of which no seed has both rows is left out.
+    """
+    found = {}
+    for pair in pairs:
+        files = ([record.folder / "rows" / name / "ranks.parquet" for name in pair] for record in group)
+        sides = [*zip(*(map(Ranks.load, both) for both in files if all(map(Path.is_file, both))), strict=True)]
+        if sides:
+            seeds = f"{len(sides[0])} seed{'s' * (len(sides[0]) > 1)}"
+            found[f"{' over '.join(pair)}, {seeds}"] = paired_difference(*sides, metric)[:3]
+    return found
 
 
 def pretraining_data(curve: Sequence[Mapping], training, num_items: int, vocabulary_size: int) -> dict:

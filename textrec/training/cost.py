@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 CPU_WATTS = 10.0  # per busy core, a laptop's; energy is an estimate and labelled so
 
@@ -11,6 +13,7 @@ class Meter:
     """Measures from its construction to `read()`."""
 
     def __init__(self):
+        forget_peaks()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def read(self, tokens: int = 0, elsewhere_cpu_s: float = 0.0, peaks: dict | None = None) -> dict[str, float]:
@@ -25,8 +28,18 @@ class Meter:
         }  # fmt: skip
 
 
+def forget_peaks() -> None:
+    """Let `peak_memory` count from here, where the kernel allows it (Linux); elsewhere it counts from the start."""
+    import torch
+
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> dict[str, float]:
-    """Return the most that this process has held so far, in GiB: resident memory, and memory of its CUDA device."""
+    """Return the most that this process has held since `forget_peaks`, in GiB: resident, and on its CUDA device."""
     import torch
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
