@@ -57,6 +57,22 @@ def test_full_softmax_has_the_gradient_of_its_value(tensors):
     assert torch.autograd.gradcheck(lambda h, e: 3 * losses.full_softmax(h, e, targets_T[:5]), (few_TD, items_ID))
 
 
+def test_full_softmax_over_drawn_items_is_torchs_over_them_and_the_target(tensors, block_numbers):
+    hidden_TD, items_ID, targets_T = tensors
+    rows_T, drawn_BI = torch.arange(T) % 4, torch.rand(4, I, generator=torch.Generator().manual_seed(1)) < 0.3
+    allowed_TI = drawn_BI[rows_T].scatter(1, targets_T[:, None], True)
+
+    def reference(h, e):
+        scores_TI = (h @ e[1:].T).masked_fill(~allowed_TI[:, 1:], -torch.inf)
+        return F.cross_entropy(scores_TI, targets_T - 1, reduction="sum")
+
+    ours = values_and_gradients(
+        lambda h, e: losses.full_softmax(h, e, targets_T, drawn_BI, rows_T), hidden_TD, items_ID
+    )
+    torch.testing.assert_close(ours, values_and_gradients(reference, hidden_TD, items_ID), rtol=1e-12, atol=1e-12)
+    assert ours[0] < losses.full_softmax(hidden_TD, items_ID, targets_T) - 1  # fewer to beat
+
+
 def test_full_softmax_over_a_frozen_table_has_the_same_gradient_of_states(tensors):
     hidden_TD, items_ID, targets_T = tensors[:3]
     states_TD = hidden_TD.detach().requires_grad_()

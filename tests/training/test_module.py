@@ -20,6 +20,7 @@ CONFIG = SASRecConfig(num_items=30, max_sequence_length=8, embedding_dim=16)
     [
         ({"loss": "hinge"}, "loss='hinge': expected one of"),
         ({"negatives": "in_batch"}, "needs loss='sampled_softmax'"),
+        ({"negatives": "outside_history", "loss": "gbce"}, "'outside_history' needs loss='sampled_softmax'"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
         ({"objective": "previous_item"}, "objective='previous_item'"),
     ],
@@ -29,18 +30,20 @@ def test_settings_are_checked(settings, sentence):
         TrainingConfig(**settings)
 
 
+ITEMS, TARGETS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([2, 3, 4, 9, 6, 7])
+
+
 def negatives_of(seed: int, step: int, **settings) -> torch.Tensor:
     module = SequenceModule(SASRec(CONFIG), TrainingConfig(loss="gbce", num_negatives=5, **settings), seed)
+    return outside_a_trainer(module, lambda: module._negatives(TARGETS, ITEMS, 30, step))
+
+
+def outside_a_trainer(module, function):
     module._trainer = None
-    items = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
-    return _drawn(module, torch.tensor([2, 3, 4, 9, 6, 7]), items, step)
-
-
-def _drawn(module, targets, items, step):
     type(module).current_epoch = property(lambda self: 0)
     type(module).global_rank = property(lambda self: 0)
     try:
-        return module._negatives(targets, items, 30, step)
+        return function()
     finally:
         del type(module).current_epoch, type(module).global_rank
 
@@ -58,6 +61,20 @@ def test_rejected_negatives_avoid_the_rows_own_history():
     assert not torch.isin(drawn[:, 4:], torch.tensor([5, 6])).any()
     plain = torch.stack([negatives_of(0, step) for step in range(40)])
     assert torch.isin(plain[:, :4], torch.tensor([1, 2, 3, 4])).any()
+
+
+@pytest.mark.parametrize(("num_negatives", "drawn"), [(5, [5, 5]), (60, [25, 27])])
+def test_negatives_outside_the_history_are_distinct_and_neither_read_nor_predicted(num_negatives, drawn):
+    """A catalogue of 30: rows that hold 5 and 3 of it, what they predict last included; too many asked for are all."""
+    training = TrainingConfig(loss="sampled_softmax", negatives="outside_history", num_negatives=num_negatives)
+    module = SequenceModule(SASRec(CONFIG), training, 0)
+    rows_T = torch.tensor([0, 0, 0, 0, 1, 1])
+    masks = [outside_a_trainer(module, lambda s=step: module._drawn_outside(TARGETS, rows_T, ITEMS, 31, s, 0))
+             for step in (0, 0, *range(1, 40))]  # fmt: skip
+    assert (masks[0] == masks[1]).all() and all(mask.sum(1).tolist() == drawn for mask in masks)
+    ever_BI = torch.stack(masks).any(0)
+    allowed = [{*range(1, 31)} - {1, 2, 3, 4, 9}, {*range(1, 31)} - {5, 6, 7}]
+    assert [set(row.nonzero().flatten().tolist()) for row in ever_BI] == allowed
 
 
 TRAININGS = {  # every way in which a preset computes its loss, by the first row that does

@@ -18,18 +18,22 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_NUMBERS = 1 << 21  # scores held at once by the blocked functions: 8 MiB in fp32, so that they stay in cache
 
 
-def full_softmax(hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tensor:
+def full_softmax(
+    hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, drawn_BI: Tensor | None = None, rows_T: Tensor | None = None
+) -> Tensor:
     """Cross-entropy over the whole catalogue (llama_hstu section 5.4: the padding class is left out).
 
+    With a mask `drawn_BI`, over the target and the items that were drawn for the position's row `rows_T` (section 5.5).
     Scores are made, used and overwritten block by block, the gradient with them: memory does not grow with T x I.
     """
-    return _FullSoftmax.apply(hidden_TD, items_ID[1:], targets_T - 1)
+    drawn_BI = None if drawn_BI is None else drawn_BI[:, 1:]
+    return _FullSoftmax.apply(hidden_TD, items_ID[1:], targets_T - 1, drawn_BI, rows_T)
 
 
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor) -> Tensor:
-        hidden_wants, items_want, _ = ctx.needs_input_grad  # a frozen table wants none
+    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, drawn_BI, rows_T) -> Tensor:
+        hidden_wants, items_want, *_ = ctx.needs_input_grad  # a frozen table wants none
         grad_hidden_TD = torch.empty_like(hidden_TD) if hidden_wants else None
         grad_items_ID = torch.zeros_like(items_ID) if items_want else None
         total = hidden_TD.new_zeros(())
@@ -38,6 +42,10 @@ class _FullSoftmax(torch.autograd.Function):
         for start in range(0, len(hidden_TD), step):
             hidden_CD, targets_C1 = hidden_TD[start : start + step], targets_T[start : start + step, None]
             scores_CI = torch.mm(hidden_CD, items_ID.T, out=buffer[: len(hidden_CD)])
+            if drawn_BI is not None:
+                target_C1 = scores_CI.gather(1, targets_C1)
+                scores_CI.masked_fill_(~drawn_BI[rows_T[start : start + step]], -torch.inf)
+                scores_CI.scatter_(1, targets_C1, target_C1)
             scores_CI -= scores_CI.amax(1, keepdim=True)
             total -= scores_CI.gather(1, targets_C1).sum()
             sums_C1 = scores_CI.exp_().sum(1, keepdim=True)
@@ -55,7 +63,7 @@ class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *(None if each is None else each * grad for each in ctx.saved_tensors), None
+        return *(None if each is None else each * grad for each in ctx.saved_tensors), None, None, None
 
 
 def sampled_softmax(

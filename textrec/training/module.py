@@ -22,7 +22,7 @@ class TrainingConfig:
     objective: str = "next_item"  # next_item | masked_item (BERT4Rec)
     loss: str = "full_softmax"  # full_softmax | sampled_softmax | gbce
     num_negatives: int = 256  # of the sampled losses
-    negatives: str = "uniform"  # uniform | in_batch: other targets of the batch, with the logQ correction
+    negatives: str = "uniform"  # uniform | in_batch: targets of the batch, logQ corrected | outside_history: per row
     share_negatives: bool = True  # one draw for the whole batch; else one per position
     reject_history: bool = False  # redraw negatives that occur in the row's own history (per position only)
     calibration: float = 0.0  # t of gBCE; 0 is plain binary cross-entropy
@@ -47,14 +47,14 @@ class TrainingConfig:
 
     def __post_init__(self):
         allowed = {
-            "objective": ("next_item", "masked_item"), "loss": LOSSES, "negatives": ("uniform", "in_batch"),
-            "schedule": ("constant", "cosine"), "precision": PRECISIONS, "strategy": STRATEGIES,
+            "objective": ("next_item", "masked_item"), "loss": LOSSES, "schedule": ("constant", "cosine"),
+            "negatives": ("uniform", "in_batch", "outside_history"), "precision": PRECISIONS, "strategy": STRATEGIES,
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {values}")
-        if self.negatives == "in_batch" and (self.loss != "sampled_softmax" or not self.share_negatives):
-            raise ValueError("negatives='in_batch' needs loss='sampled_softmax' and share_negatives=True")
+        if self.negatives != "uniform" and (self.loss != "sampled_softmax" or not self.share_negatives):
+            raise ValueError(f"negatives={self.negatives!r} needs loss='sampled_softmax' and share_negatives=True")
         for name in ("batch_size", "accumulate", "max_epochs", "patience", "validate_every", "num_negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -110,12 +110,25 @@ class SequenceModule(DistributedModule):
         config, items_ID = self.training_config, self.model.item_vectors().float()
         if config.loss == "full_softmax":
             return losses.full_softmax(hidden_TD, items_ID, targets_T)
+        if config.negatives == "outside_history":
+            rows_T = (items_BL != PADDING_ID).nonzero()[:, 0]
+            drawn_BI = self._drawn_outside(targets_T, rows_T, items_BL, len(items_ID), step, part)
+            return losses.full_softmax(hidden_TD, items_ID, targets_T, drawn_BI, rows_T)
         negatives = self._negatives(targets_T, items_BL, len(items_ID) - 1, step, part)
         if self.model.similarity is not None:
             return losses.mixture_softmax(self.model.similarity, hidden_TD, items_ID, targets_T, negatives)
         if config.loss == "gbce":
             return losses.gbce(hidden_TD, items_ID, targets_T, negatives, config.calibration)
         return losses.sampled_softmax(hidden_TD, items_ID, targets_T, negatives, self.log_probability_I)
+
+    def _drawn_outside(self, targets_T, rows_T, items_BL: Tensor, num_rows: int, step: int, part: int) -> Tensor:
+        """Mark `num_negatives` items per row (B, I), no item twice and none that the row reads or predicts."""
+        source = torch.Generator(items_BL.device).manual_seed(self._derived("negatives", step, self.global_rank, part))
+        clocks_BI = torch.rand(len(items_BL), num_rows, generator=source, device=items_BL.device)
+        clocks_BI.scatter_(1, items_BL, 2.0)[rows_T, targets_T] = 2.0
+        clocks_BI[:, PADDING_ID] = 2.0
+        chosen_BN = clocks_BI.topk(min(self.training_config.num_negatives, num_rows), largest=False).indices
+        return torch.zeros_like(clocks_BI, dtype=torch.bool).scatter_(1, chosen_BN, True) & (clocks_BI < 2.0)
 
     def _negatives(self, targets_T: Tensor, items_BL: Tensor, num_items: int, step: int, part: int = 0) -> Tensor:
         config, device = self.training_config, targets_T.device

@@ -83,6 +83,10 @@ PRESETS: dict[str, Preset] = {
     "sasrec_original": Preset("SASRec", "block: original arrangement", {**_SASREC, "norm": "original"}),
     "sasrec_pmixer": Preset("SASRec", "faithful: pmixer's port", _PMIXER, {**_BCE, "adam_betas": (0.9, 0.98)}),
     "sasrec_dross": Preset("SASRec", "faithful: Dross into Gold, SASRec+", _DROSS),
+    "sasrec_dross_3000": Preset(
+        "SASRec", "faithful: Dross into Gold, 3,000 negatives a history", _DROSS,
+        {"loss": "sampled_softmax", "num_negatives": 3000, "negatives": "outside_history"},
+    ),
     "gsasrec": Preset("SASRec", "faithful: gSASRec", _GSASREC, _GBCE),
     "esasrec": Preset(
         "SASRec", "faithful: eSASRec, LiGR blocks and sampled softmax", _ESASREC,
