@@ -23,6 +23,7 @@ from textrec.training.rows import model_class
 from textrec.training.table_rows import (
     BASES,
     SOURCES,
+    STALE,
     TABLE_ROWS,
     embedder_table,
     plan,
@@ -41,7 +42,7 @@ def vectors(num_items=30, width=8, seed=0):
     return F.pad(F.normalize(rows, dim=1), (0, 0, 1, 0))
 
 
-TABLES = {source: vectors(seed=seed) for seed, source in enumerate(SOURCES) if source != "random"}
+TABLES = {source: vectors(seed=seed) for seed, source in enumerate((*SOURCES, STALE)) if source != "random"}
 
 
 @pytest.mark.parametrize(("row", "count", "unused"), [("sasrec_finetuned", 13_469_184, 768),
@@ -97,7 +98,7 @@ def test_rows_are_run_once_and_again_only_for_other_vectors(ring, tmp_path, monk
     kinds = [type(SequenceModel.from_pretrained(tmp_path / "rows" / row / "model")) for row in rows[:4]]
     assert [kind is WithItemTable for kind in kinds] == [False, True, True, False]
     frozen = SequenceModel.from_pretrained(tmp_path / "rows" / rows[1] / "model").model.item_table
-    assert torch.equal(frozen.vectors, TABLES["finetuned"]) and not frozen.mask.any()
+    assert torch.equal(frozen.vectors, TABLES[STALE]) and not frozen.mask.any()
     ranked = table_rows._ranked
     monkeypatch.setattr(table_rows, "_ranked", lambda *given: 1 / 0)
     again = run()
@@ -109,7 +110,8 @@ def test_rows_are_run_once_and_again_only_for_other_vectors(ring, tmp_path, monk
 
 def test_controls_keep_what_they_should_of_the_vectors(monkeypatch):
     given, seen = TABLES["finetuned"], {}
-    for row in ("sasrec_finetuned", "sasrec_finetuned_permuted", "sasrec_finetuned_random_directions"):
+    own_rows = ("sasrec_finetuned", "sasrec_finetuned_permuted", "sasrec_finetuned_random_directions")
+    for row in (*own_rows, "sasrec_language_model_permuted"):
 
         def caught(model, *rest, row=row, **settings):
             seen[row] = model.item_table.weight.detach().clone()
@@ -118,8 +120,10 @@ def test_controls_keep_what_they_should_of_the_vectors(monkeypatch):
         monkeypatch.setattr("textrec.training.trainer.fit", caught)
         preset, (config, training) = TABLE_ROWS[row], plan(row, 30, TABLES, BRIEF)
         with pytest.raises(StopIteration):
-            table_rows._ranked(preset, config, training, None, given, 0, None, "cpu", False)
-    own, permuted, drawn = seen.values()
+            table_rows._ranked(preset, config, training, None, TABLES[preset.source], 0, None, "cpu", False)
+    own, permuted, drawn, other = seen.values()
+    of_words = TABLES["language_model"]
+    assert torch.equal(other.sort(0).values, of_words.sort(0).values) and not torch.equal(other, of_words)
     assert torch.equal(own, given) and not torch.equal(permuted, given)
     assert torch.equal(permuted.sort(0).values, given.sort(0).values)
     torch.testing.assert_close(torch.cov(drawn[1:].T), torch.cov(given[1:].T), rtol=1e-3, atol=1e-4)
@@ -142,8 +146,9 @@ def test_attended_pads_change_what_a_short_history_says_and_masked_ones_do_not()
     assert config.attend_padding
     torch.manual_seed(0)
     faithful = SASRec(config).eval()
-    for block in faithful.blocks:
-        torch.nn.init.normal_(block.attention.key.bias)
+    for name, parameter in faithful.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     correct, masked = (SASRec(replace(config, **changed)).eval() for changed in
                        ({"attend_padding": False}, {"mask_padding_keys": True}))  # fmt: skip
     for other in (correct, masked):
@@ -155,12 +160,39 @@ def test_attended_pads_change_what_a_short_history_says_and_masked_ones_do_not()
     assert (faithful.encode(history) - correct.encode(history)).abs().max() > 1e-2
     for each in (faithful, correct, masked):
         assert each.encode(torch.zeros(1, 8, dtype=torch.long)).isfinite().all()
+    normed = []
+    for each in (faithful, masked):
+        each.final_norm.register_forward_pre_hook(lambda _, given: normed.append(given[0]))
+        each.encode(history)
+    pads, real = zip(*((x_TD[:5], x_TD[5:]) for x_TD in normed), strict=True)
+    assert not any(x_TD.any() for x_TD in pads) and all(x_TD.any(1).all() for x_TD in real)
+    ports = SASRec(replace(config, norm="post")).eval()  # pmixer's: a padded row says something after a block
+    ports.load_state_dict(faithful.state_dict())
+    ports.final_norm.register_forward_pre_hook(lambda _, given: normed.append(given[0]))
+    ports.encode(history)
+    assert normed[-1][:5].any()
+
+
+def test_an_embedder_of_another_width_gives_as_many_components_and_the_rows_stay_alike(ring, tmp_path):
+    wide = TABLES | {"embedder": vectors(width=12)}
+    rows = ["sasrec_random", "sasrec_embedder", "sasrec_embedder_whitened", "sasrec_embedder_permuted",
+            "sasrec_embedder_projected", "sasrec_finetuned_projected"]  # fmt: skip
+    results = run_table_rows(rows, ring, wide, seed=0, run_dir=tmp_path, overrides=BRIEF)
+    assert [result.status for result in results] == ["ok"] * 6, [result.reason for result in results]
+    assert {result.parameters["embedding_dim"] for result in results} == {8}
+    transforms = [result.parameters["transforms"] for result in results]
+    assert transforms == [[], ["pca"], ["pca", "whitened"], ["pca", "permuted"], [], []]
+    for result, source in zip(results[4:], ("embedder", "finetuned"), strict=True):
+        held = SequenceModel.from_pretrained(tmp_path / "rows" / result.row / "model").model.item_table
+        assert torch.equal(held.vectors, wide[source]) and held.adaptor.weight.shape == (8, wide[source].shape[1])
+    narrow = run_table_rows(rows[1:2], ring, TABLES, seed=0, run_dir=tmp_path / "narrow", overrides=BRIEF)
+    assert narrow[0].parameters["transforms"] == []
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 
-def test_three_tables_are_encoded_once_and_the_finetuned_one_is_fresh_unless_told_otherwise(tmp_path, monkeypatch):
+def test_three_tables_are_encoded_once_and_the_stale_one_stands_beside_the_finetuned_one(tmp_path, monkeypatch):
     prepared = brand_set(tmp_path / "brands", seed=0, num_users=24)
     texts = TextSet.of(prepared, train_tokenizer(item_attributes(prepared.catalogue), 400))
     encoders = []
@@ -180,14 +212,16 @@ def test_three_tables_are_encoded_once_and_the_finetuned_one_is_fresh_unless_tol
         return text_tables(tuned, texts, folder=tmp_path / "store", **settings)
 
     first = export()
-    assert len(calls) >= 3 and list(first) == ["language_model", "pretrained", "finetuned"]
+    assert len(calls) >= 3 and list(first) == [*SOURCES][1:4]
     again = export()
     assert not calls, "the second time all is read back"
     for name, encoder in zip(first, encoders, strict=True):
         assert torch.equal(first[name], again[name]) and not first[name][0].any()
         torch.testing.assert_close(first[name], item_table(encoder, texts))
-    faithful = export(stale=pair)
-    assert torch.equal(faithful["finetuned"], stale_ID) and not torch.allclose(first["finetuned"], stale_ID)
+    both = export(stale=pair)
+    assert torch.equal(both[STALE], stale_ID) and not torch.allclose(first["finetuned"], stale_ID)
+    assert torch.equal(both["finetuned"], first["finetuned"]) and STALE not in first
+    assert TABLE_ROWS["sasrec_finetuned_faithful"].source == TABLE_ROWS["bert4rec_finetuned_faithful"].source == STALE
     with torch.no_grad():  # other weights are other vectors: no stale file is read
         pretrained.word_table.weight.mul_(2)
     assert not torch.equal(export()["pretrained"], first["pretrained"]) and calls

@@ -196,9 +196,10 @@ class SASRec(SequenceModel):
             layout, keys_BL = Layout.of(real_BL), None
         x_TD = self._embed(items_BL, layout)
         kept_T1 = (items_BL.flatten() != PADDING_ID)[:, None] if self.config.attend_padding else None
+        zeroed = keys_BL is not None or (kept_T1 is not None and self.config.norm == "original")  # after every block
         for block in self.blocks:
             x_TD = block(x_TD, layout, keys_BL)
-            if keys_BL is not None:
+            if zeroed:
                 x_TD = x_TD * kept_T1
         x_TD = self.final_norm(x_TD)
         if kept_T1 is not None:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ SOURCES = {
     "finetuned": "items start from the text model finetuned here",
     "embedder": "items start from a general text embedder",
 }
+STALE = "finetuned_stale"  # the finetuned table as published, an epoch older than the weights beside it
 _SASREC = {
     "num_blocks": 2, "num_heads": 1, "norm": "original", "dropout": 0.5, "attention_dropout": 0.5,
     "max_sequence_length": 50,
@@ -65,7 +66,7 @@ class TableRow:
 
     base: str  # sasrec | bert4rec
     changed: str
-    source: str = "finetuned"  # one of SOURCES
+    source: str = "finetuned"  # one of SOURCES, or STALE
     transforms: tuple[str, ...] = ()  # of `transformed`, in order
     table: Mapping[str, Any] = field(default_factory=dict)  # of `attach`
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the model
@@ -76,6 +77,7 @@ def _variants(base: str) -> dict[str, TableRow]:
     habits = {"settings": {"attend_padding": True}} if base == "sasrec" else {}
     habits |= {"table": {"freeze": True, "train_mask": False}} if base == "bert4rec" else {}
     frozen, norm = {"freeze": True}, {"match_norm": True}
+    layer = frozen | {"adaptor": "linear"}
     return {
         "finetuned_permuted": TableRow(base, "control: vectors exchanged between items", transforms=("permuted",)),
         "finetuned_random_directions": TableRow(
@@ -84,7 +86,13 @@ def _variants(base: str) -> dict[str, TableRow]:
         "finetuned_frozen": TableRow(base, "vectors frozen", table=frozen),
         "finetuned_matched": TableRow(base, "vectors as long as random ones", table=norm),
         "finetuned_whitened": TableRow(base, "vectors whitened", transforms=("whitened",)),
-        "finetuned_faithful": TableRow(base, "the published code's habits", faithful=True, **habits),
+        "finetuned_faithful": TableRow(base, "the published code's habits", STALE, faithful=True, **habits),
+        "finetuned_projected": TableRow(base, "vectors frozen, through a layer", table=layer),
+        "language_model_permuted": TableRow(
+            base, "control: the language model's vectors exchanged", "language_model", ("permuted",)
+        ),
+        "embedder_permuted": TableRow(base, "control: the embedder's vectors exchanged", "embedder", ("permuted",)),
+        "embedder_projected": TableRow(base, "embedder's vectors frozen, through a layer", "embedder", table=layer),
         "embedder_whitened": TableRow(base, "embedder's vectors, whitened", "embedder", ("whitened",)),
         "embedder_experts": TableRow(
             base, "embedder's vectors frozen, whitening and experts above (UniSRec)", "embedder",
@@ -92,13 +100,13 @@ def _variants(base: str) -> dict[str, TableRow]:
         ),
         "embedder_plus_ids": TableRow(
             base, "embedder's vectors frozen, through a layer, beside ids", "embedder",
-            table=frozen | {"adaptor": "linear", "add_ids": True},
+            table=layer | {"add_ids": True},
         ),
         "narrow": TableRow(base, "64 wide, items start at random", "random", settings={"embedding_dim": 64}),
         "narrow_pca": TableRow(base, "64 wide, principal components", transforms=("pca",),
                                settings={"embedding_dim": 64}),
-        "narrow_projected": TableRow(base, "64 wide, vectors frozen, through a layer",
-                                     table=frozen | {"adaptor": "linear"}, settings={"embedding_dim": 64}),
+        "narrow_projected": TableRow(base, "64 wide, vectors frozen, through a layer", table=layer,
+                                     settings={"embedding_dim": 64}),
     }  # fmt: skip
 
 
@@ -116,10 +124,11 @@ def run_table_rows(
 ) -> list[RowResult]:  # fmt: skip
     """Run the named rows of `TABLE_ROWS`; finished ones are read back, a broken one is a result with its reason.
 
-    `tables` maps sources to item vectors (I + 1, E), row 0 zero, all of one width except the embedder's. `overrides`
-    maps "all", a base or a row to settings of its model or training; `skipped` maps a row to the reason why it is not
-    run. `evaluation` (full | sampled) is what is to be reported: it changes the loss of faithful rows and nothing else.
-    Raises `InputError` for an unknown row or setting, and for a row whose vectors are not among the tables.
+    `tables` maps sources to item vectors (I + 1, E), row 0 zero, all of one width except the embedder's, of which a row
+    without an adaptor then takes as many principal components. `overrides` maps "all", a base or a row to settings of
+    its model or training; `skipped` maps a row to the reason why it is not run. `evaluation` (full | sampled) is what
+    is to be reported: it changes the loss of faithful rows and nothing else. Raises `InputError` for an unknown row or
+    setting, and for a row whose vectors are not among the tables.
     """
     overrides, skipped = overrides or {}, skipped or {}
     for row in (*rows, *(set(overrides) - {"all", *BASES}), *skipped):
@@ -130,13 +139,16 @@ def run_table_rows(
     results = []
     for row in rows:
         preset, (config, training) = TABLE_ROWS[row], plan(row, prepared.num_items, tables, overrides, evaluation)
-        model = BASES[preset.base][0]
+        model, given = BASES[preset.base][0], tables.get(preset.source)
+        fits = given is None or given.shape[1] == config.embedding_dim or "adaptor" in preset.table
+        if not fits and "pca" not in preset.transforms:
+            preset = replace(preset, transforms=("pca", *preset.transforms))
         told = {"model": model, "source": preset.source, "transforms": preset.transforms, "table": dict(preset.table)}
         parameters = json.loads(json.dumps(told | asdict(config) | asdict(training)))
         if row in skipped:
             results.append(RowResult(row, preset.changed, parameters, "not_attempted", skipped[row]))
             continue
-        given, folder = tables.get(preset.source), Path(run_dir) / "rows" / row
+        folder = Path(run_dir) / "rows" / row
         key = {"fingerprint": prepared.fingerprint, "seed": seed, "vectors": None}
         if given is not None:
             key["vectors"] = hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
@@ -154,7 +166,7 @@ def plan(
         raise InputError(f"evaluation={evaluation!r}: expected full or sampled")
     preset = TABLE_ROWS[row]
     model, model_settings, training_settings = BASES[preset.base]
-    sources = (preset.source, "finetuned", "pretrained", "language_model", "embedder")
+    sources = ("finetuned", "pretrained", "language_model", preset.source, "embedder")
     width = next((tables[source].shape[1] for source in sources if source in tables), 768)
     model_settings = model_settings | {"num_items": num_items, "embedding_dim": width} | dict(preset.settings)
     coupled = COUPLED[evaluation] if preset.faithful and preset.base == "sasrec" else {}
@@ -193,11 +205,10 @@ def text_tables(
     """Return the item vectors (I + 1, E) that encoders make of a set: of unit norm, where the published ones are not.
 
     They are kept in `folder` under the hash of the weights and of the items' tokens, and encoded once. The finetuned
-    ones are those of the saved weights M'; `stale` names the pair whose own I', one epoch older, is published instead.
+    ones are those of the saved weights M'; `stale` names the pair whose own I', an epoch older, is the table `STALE`.
     """
-    fresh = [name for name in encoders if stale is None or name != "finetuned"]
-    tables = {name: item_table(encoders[name], texts, folder=folder).cpu() for name in fresh}
-    return tables | ({"finetuned": load_pair(stale, copy.deepcopy(encoders["finetuned"]))} if stale else {})
+    tables = {name: item_table(encoder, texts, folder=folder).cpu() for name, encoder in encoders.items()}
+    return tables | ({STALE: load_pair(stale, copy.deepcopy(encoders["finetuned"])).cpu()} if stale else {})
 
 
 def embedder_table(name: str, prepared: PreparedSet, *, folder: Path, device: str = "cpu") -> Tensor:
