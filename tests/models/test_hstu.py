@@ -21,6 +21,8 @@ from models.test_learnability import LENGTH, NUM_ITEMS, recall_at_1, train
 
 from textrec.models import hstu
 from textrec.models.hstu import HSTU, HSTUConfig, Tiles
+from textrec.models.llama import Llama, LlamaConfig
+from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.models.sequence_model import Layout
 from textrec.schema import InputError
 from textrec.training import losses
@@ -321,8 +323,46 @@ def test_published_sizes():
     assert parameters(**settings) == 12_243_968
 
 
+def test_sasrecs_count_is_the_published_one_by_chance():
+    """Published beside HSTU: 211 positions and norms without parameters. Ours has ten positions less and five norms."""
+    blocks = 2 * (4 * (50 * 50 + 50) + 2 * (50 * 50 + 50))  # of attention's four layers, of the feed-forward's two
+    published = 3953 * 50 + 211 * 50 + blocks
+    with torch.device("meta"):
+        model = SASRec(SASRecConfig(num_items=3952, max_sequence_length=200, embedding_dim=50))
+    of_norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
+    ours = sum(parameter.numel() for parameter in model.parameters())
+    assert model.position_table.weight.shape == (211 - 10, 50) and of_norms == 5 * 2 * 50
+    assert ours - of_norms + 10 * 50 == published == 238_800
+    assert ours == published  # as 5 * 2 * 50 happens to be 10 * 50
+
+
+def update_over_residual(model: HSTU) -> float:
+    """The root mean square of what the first block adds, over that of what it adds it to, for long histories.
+
+    The output layer's bias, half as large as the residual and the same at every position, is left out.
+    """
+    found, bias = [], model.blocks[0].output.bias
+    hook = model.blocks[0].register_forward_hook(lambda _, given, y: found.append((y - given[0] - bias, given[0])))
+    times_BL = 1_000_000_000 + torch.randint(0, 100_000, (8, 200)).cumsum(1)
+    with torch.no_grad():
+        model(torch.randint(1, 3953, (8, 200)), times_BL)
+    hook.remove()
+    return (found[0][0].square().mean() / found[0][1].square().mean()).sqrt().item()
+
+
+def test_the_attention_branch_is_small_at_the_start(monkeypatch):
+    """The constant denominator of 211 and the norm's 1e-6 leave about a twentieth of the residual to it, as published.
+
+    With a floor a hundred times lower the norm brings attention back to a third.
+    """
+    model = HSTU(HSTUConfig(num_items=3952)).eval()
+    assert model.config.block_length == 211
+    assert 0.04 <= update_over_residual(model) <= 0.06
+    monkeypatch.setattr(hstu, "NORM_EPS", 1e-8)
+    assert update_over_residual(model) > 0.2
+
+
 def test_published_scales_at_the_start():
-    """The constant denominator of 211 and the norm's 1e-6 leave the attention branch small: 0.049 of the residual."""
     model = HSTU(HSTUConfig(num_items=3952)).eval()
     items = model.item_table.weight[1:]
     assert items.abs().max() <= 0.04 and items.std().item() == pytest.approx(0.0176, rel=0.02)
@@ -379,14 +419,18 @@ def waiting(num_rows: int, seed: int, told: bool) -> tuple[torch.Tensor, torch.T
     return (starts_B1 + torch.arange(STEPS + 1)) % KINDS + 1, 1_000_000_000 + waits_BL.long().cumsum(1)
 
 
-def recall_after_waiting(told: bool, **settings) -> float:
-    """Train for a second, then return the share of newest items ranked first."""
+def clocked(**settings) -> HSTU:
     size = {"embedding_dim": 16, "linear_dim": 16, "attention_dim": 16, "dropout": 0.0}
-    model = HSTU(HSTUConfig(num_items=KINDS, max_sequence_length=STEPS, **size, **settings))
+    return HSTU(HSTUConfig(num_items=KINDS, max_sequence_length=STEPS, **size, **settings))
+
+
+def recall_after_waiting(told: bool, model: HSTU | Llama) -> float:
+    """Train for a second, then return the share of newest items ranked first."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(80):
         items_BL, times_BL = waiting(64, 1000 + step, told)
-        states_TD = model(items_BL[:, :-1], times_BL[:, :-1], times_BL[:, -1])
+        times = (times_BL[:, :-1], times_BL[:, -1]) if model.reads_times else ()
+        states_TD = model(items_BL[:, :-1], *times)
         optimizer.zero_grad()
         losses.full_softmax(states_TD, model.item_vectors(), items_BL[:, 1:].flatten()).div(len(states_TD)).backward()
         optimizer.step()
@@ -399,14 +443,21 @@ def recall_after_waiting(told: bool, **settings) -> float:
 
 @every_block
 def test_the_clock_is_read_where_it_tells_the_next_item(block):
-    assert recall_after_waiting(told=True, block=block) >= 0.8
-    assert recall_after_waiting(told=True, block=block, time_bias=False) <= 0.35
-    assert recall_after_waiting(told=True, block=block, time_query="self") <= 0.35
+    assert recall_after_waiting(True, clocked(block=block)) >= 0.8
+    assert recall_after_waiting(True, clocked(block=block, time_bias=False)) <= 0.35
+    assert recall_after_waiting(True, clocked(block=block, time_query="self")) <= 0.35
+
+
+def test_llama_knows_no_clock():
+    """It learns the ring by heart, so that it is the clock alone which it lacks where waiting tells the next item."""
+    config = LlamaConfig(num_items=KINDS, max_sequence_length=STEPS, embedding_dim=16, dropout=0.0, temperature=0.05)
+    assert recall_after_waiting(True, Llama(config)) <= 0.35
+    assert recall_after_waiting(False, Llama(config)) >= 0.9
 
 
 @every_block
 def test_the_clock_does_no_harm_where_it_tells_nothing(block):
-    found = [recall_after_waiting(told=False, block=block, time_bias=on) for on in (True, False)]
+    found = [recall_after_waiting(False, clocked(block=block, time_bias=on)) for on in (True, False)]
     assert min(found) >= 0.9 and abs(found[0] - found[1]) <= 0.02
 
 

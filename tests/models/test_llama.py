@@ -201,7 +201,7 @@ def test_a_history_that_was_not_remembered_is_noticed():
     model = build()
     items_BL = random_histories(30, (2, 6))
     reading = model.start(items_BL[:, :4])
-    reading.pairs[0][:, 1] = 0
+    reading.kept[model.blocks[0].attention][:, 1] = 0
     with torch.no_grad():
         difference = (reading.extend(items_BL[:, 4:]) - model.encode(items_BL)).abs().max()
     assert difference > 1e-3

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from textrec.models.mixture_of_logits import MixtureOfLogits, MixtureOfLogitsConfig
+from textrec.models.reading import PointwiseReading
 from textrec.models.sequence_model import Layout, SequenceModel, newest, rotary_turns, rotate
 from textrec.schema import PADDING_ID
 
@@ -91,7 +92,7 @@ class Tiles:
     def __init__(self, layout: Layout, num_heads: int, times_T: Tensor | None = None, queries_T: Tensor | None = None):
         order_B = layout.lengths_B.argsort(descending=True, stable=True)
         ranks_B = order_B.argsort()
-        self.layout, self.rows, self.length = layout, len(order_B), layout.max_length
+        self.layout, self.rows, self.length, self.places_T = layout, len(order_B), layout.max_length, layout.columns_T
         self.slots_T = ranks_B[layout.rows_T] * self.length + layout.columns_T
         # what stands behind a row's end is any position at all: it is later than the row's queries, so never seen
         self.sources = self.slots_T.new_zeros(self.rows * self.length)
@@ -109,6 +110,12 @@ class Tiles:
                     elapsed = queries_BL[rows, first:last, None] - times_BL[rows, None, :last]
                     buckets = time_buckets(elapsed).flatten()
                 self.tiles.append((rows, first, last, buckets))
+
+    def attend(self, layer: nn.Module, q_TC, k_TC, v_TC, bias_LL: Tensor, table: Tensor | None) -> Tensor:
+        return _PointwiseAttention.apply(q_TC, k_TC, v_TC, bias_LL, table, self, layer.config.num_heads)
+
+    def mix_by_table(self, layer: nn.Module, v_TC: Tensor, table: Tensor) -> Tensor:
+        return _TableAttention.apply(v_TC, table, self)
 
     def pad(self, packed_TC: Tensor, num_heads: int) -> Tensor:
         """Spread packed rows into (B, H, L, C / H), rows by falling length."""
@@ -248,7 +255,7 @@ class HSTULayer(nn.Module):
         return x_TD + self.output(self.dropout(gated))
 
     def _mix(self, q_TC, k_TC, v_TC, bias_LL: Tensor, table: Tensor | None, tiles: Tiles) -> Tensor:
-        mixed = _PointwiseAttention.apply(q_TC, k_TC, v_TC, bias_LL, table, tiles, self.config.num_heads)
+        mixed = tiles.attend(self, q_TC, k_TC, v_TC, bias_LL, table)
         by_row = self.config.denominator == "row"
         return mixed / (tiles.layout.lengths_B[tiles.layout.rows_T, None] if by_row else self.config.block_length)
 
@@ -293,7 +300,7 @@ class FuXiLayer(HSTULayer):
         """Return the channels side by side: all heads by content, then by position, then by time."""
         channels = [super()._mix(q_TC, k_TC, v_TC, _causal(torch.zeros_like(bias_LL)), None, tiles)]
         tables = (None if self.distances is None else bias_LL.tril()), table
-        return torch.cat(channels + [_TableAttention.apply(v_TC, x, tiles) for x in tables if x is not None], 1)
+        return torch.cat(channels + [tiles.mix_by_table(self, v_TC, x) for x in tables if x is not None], 1)
 
 
 class ToyLayer(nn.Module):
@@ -315,10 +322,10 @@ class ToyLayer(nn.Module):
     def forward(self, x_TD: Tensor, tiles: Tiles) -> Tensor:
         u, v, q, k = self.project(F.silu(self.norm(x_TD))).split(self.config.widths, 1)
         exact = torch.promote_types(x_TD.dtype, torch.float32)
-        turns_T1P = rotary_turns(tiles.layout.columns_T, self.config.attention_dim, dtype=exact)
+        turns_T1P = rotary_turns(tiles.places_T, self.config.attention_dim, dtype=exact)
         q, k = (rotate(x, turns_T1P) for x in (q / math.sqrt(self.config.attention_dim), k))
         bias_LL = _causal(self.project.weight.new_zeros(tiles.length, tiles.length))
-        mixed = _PointwiseAttention.apply(q, k, v, bias_LL, None, tiles, self.config.num_heads)
+        mixed = tiles.attend(self, q, k, v, bias_LL, None)
         return x_TD + self.dropout(self.output(self.mixed_norm(mixed) * u))
 
 
@@ -378,10 +385,12 @@ class HSTU(SequenceModel):
         if self.reads_times:
             times_T = torch.zeros_like(layout.rows_T) if times_BL is None else times_BL[real_BL]
             times = times_T, self._query_times(times_T, requests_B, layout)
-        tiles = Tiles(layout, self.config.num_heads, *times)
-        x_TD = self.item_table(items_BL[real_BL]) * math.sqrt(self.config.embedding_dim)
+        return self._states(items_BL[real_BL], Tiles(layout, self.config.num_heads, *times))
+
+    def _states(self, items_T: Tensor, tiles: Tiles | PointwiseReading) -> Tensor:
+        x_TD = self.item_table(items_T) * math.sqrt(self.config.embedding_dim)
         if self.position_table is not None:
-            x_TD = x_TD + self.position_table(layout.columns_T)
+            x_TD = x_TD + self.position_table(tiles.places_T)
         x_TD = self.dropout(x_TD)
         for block in self.blocks if len(x_TD) else ():
             x_TD = block(x_TD, tiles)
@@ -395,3 +404,19 @@ class HSTU(SequenceModel):
         ends_R = layout.lengths_B.cumsum(0)[filled_B] - 1
         last_R = times_T[ends_R] if requests_B is None else requests_B[filled_B]
         return times_T.roll(-1).index_copy(0, ends_R, last_R)
+
+    def start(self, items_BL: Tensor, times_BL: Tensor | None = None, requests_B: Tensor | None = None):
+        """Read B histories in evaluation mode and return the `PointwiseReading` that takes further items.
+
+        With `time_query="target"` a state is final once the next item is there; with `denominator="row"` none ever is.
+        """
+        changing = int(self.reads_times and self.config.time_query == "target")
+        unsettled = self.config.max_sequence_length if self.config.denominator == "row" else changing
+        return PointwiseReading(self.eval(), items_BL, times_BL, requests_B, unsettled)
+
+    def continue_reading(self, reading: PointwiseReading, items_T, times_T, requests_B: Tensor | None) -> Tensor:
+        if self.reads_times:
+            queries_T = self._query_times(times_T, requests_B, reading.layout)
+            keys_BK1, queries_BN1 = reading.remember("times", times_T[:, None]), reading.layout.pad(queries_T[:, None])
+            reading.buckets_BNK = time_buckets(queries_BN1 - keys_BK1.mT)
+        return self._states(items_T, reading)

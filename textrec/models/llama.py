@@ -8,7 +8,6 @@ Linear layers, for adapters: `blocks.N.attention.{query,key,value,output}`, `blo
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from textrec.models.reading import Reading, right_edge
 from textrec.models.saving import load_exactly
 from textrec.models.sequence_model import Layout, SequenceModel, newest, rotary_turns, rotate
 from textrec.schema import PADDING_ID, InputError
@@ -69,7 +69,7 @@ class LlamaConfig:
 
 
 class RotaryAttention(nn.Module):
-    """Causal attention of rotated queries and keys; `remember` stores keys and values and returns those to attend."""
+    """Causal attention of rotated queries and keys, of those that a `reading` has kept where there is one."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -78,11 +78,12 @@ class RotaryAttention(nn.Module):
         self.query, self.key = nn.Linear(width, width, bias=False), nn.Linear(width, shared, bias=False)
         self.value, self.output = nn.Linear(width, shared, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, remember=None) -> Tensor:
+    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, reading: Reading | None = None) -> Tensor:
         queries_TD, keys_TC = (rotate(project(x_TD), turns_T1P) for project in (self.query, self.key))
         pairs_TD = torch.cat([keys_TC, self.value(x_TD)], 1)
-        if remember is not None:
-            return self.output(layout.pack(self._mix(layout.pad(queries_TD), *remember(pairs_TD))))
+        if reading is not None:
+            known = reading.remember(self, pairs_TD), reading.seen_BNK[:, None]
+            return self.output(layout.pack(self._mix(layout.pad(queries_TD), *known)))
         sizes = queries_TD.shape[1], pairs_TD.shape[1]
         joined_TC = torch.cat([queries_TD, pairs_TD], 1)
         return self.output(layout.in_blocks(joined_TC, lambda block, _: self._mix(*block.split(sizes, 2))))
@@ -122,8 +123,8 @@ class LlamaBlock(nn.Module):
         self.attention, self.feed_forward = RotaryAttention(config), SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, remember=None) -> Tensor:
-        x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), turns_T1P, layout, remember))
+    def forward(self, x_TD: Tensor, turns_T1P: Tensor, layout: Layout, reading: Reading | None = None) -> Tensor:
+        x_TD = x_TD + self.dropout(self.attention(self.attention_norm(x_TD), turns_T1P, layout, reading))
         return x_TD + self.dropout(self.feed_forward(self.forward_norm(x_TD)))
 
 
@@ -158,24 +159,27 @@ class Llama(SequenceModel):
 
     def forward(self, items_BL: Tensor, times_BL: Tensor | None = None) -> Tensor:
         if self.config.faithful:
-            items_BL = _right_edge(items_BL, self.config.max_sequence_length)
+            items_BL = right_edge(items_BL, items_BL != PADDING_ID, self.config.max_sequence_length)
             layout, items_T = Layout.of(torch.ones_like(items_BL, dtype=torch.bool)), items_BL.flatten()
             return self._states(items_T, layout.columns_T, layout)[items_T != PADDING_ID]
         items_BL = newest(items_BL, self.config.max_sequence_length)
         layout = Layout.of(items_BL != PADDING_ID)
         return self._states(items_BL[items_BL != PADDING_ID], layout.columns_T, layout)
 
-    def _states(self, items_T: Tensor, positions_T: Tensor, layout: Layout, remembering=None) -> Tensor:
+    def _states(self, items_T: Tensor, positions_T: Tensor, layout: Layout, reading: Reading | None = None) -> Tensor:
         config = self.config
         turns_T1P = rotary_turns(positions_T, config.embedding_dim // config.num_heads, config.rope_theta)
         scale = math.sqrt(config.embedding_dim) if config.scale_item_table else 1.0
         x_TD = self.dropout(self.item_table(items_T) * scale)
-        for block, remember in zip(self.blocks, remembering or [None] * config.num_blocks, strict=True):
-            x_TD = block(x_TD, turns_T1P, layout, remember)
+        for block in self.blocks:
+            x_TD = block(x_TD, turns_T1P, layout, reading)
         x_TD = self.final_norm(x_TD)
         return x_TD if config.temperature is None else F.normalize(x_TD, dim=-1, eps=1e-6) / config.temperature
 
-    def start(self, items_BL: Tensor) -> "Reading":
+    def continue_reading(self, reading: Reading, items_T: Tensor, *_: Tensor | None) -> Tensor:
+        return self._states(items_T, reading.places_T, reading.layout, reading)
+
+    def start(self, items_BL: Tensor) -> Reading:
         """Read B histories in evaluation mode and keep their keys and values, so that further items cost little."""
         if self.config.faithful:
             raise InputError("faithful=True: a Llama that attends its padding reads every history anew")
@@ -198,51 +202,6 @@ class Llama(SequenceModel):
         table_ID[PADDING_ID] = 0.0
         load_exactly(model, weights | {"item_table.weight": table_ID}, folder)
         return model
-
-
-class Reading:
-    """Histories that grow: `user_vectors_BD` is what `encode` would return, at the cost of the new positions only.
-
-    A history longer than `max_sequence_length` loses its oldest item, and with it every state that has seen that item:
-    from then on each step reads the windows of all rows anew.
-    """
-
-    def __init__(self, model: Llama, items_BL: Tensor):
-        self.model, self.items_BL, self.known_B = model, items_BL[:, :0], None
-        self.extend(items_BL)
-
-    @torch.no_grad()
-    def extend(self, items_BN: Tensor) -> Tensor:
-        """Append N items per row (0: none) and return the user vectors (B, D)."""
-        config, table_ID = self.model.config, self.model.item_table.weight
-        every_BL = torch.cat([self.items_BL, items_BN], 1)
-        self.items_BL = _right_edge(every_BL, config.max_sequence_length)
-        if self.known_B is None or (every_BL != PADDING_ID).sum(1).max() > config.max_sequence_length:
-            items_BN, self.known_B = self.items_BL, torch.zeros_like(self.items_BL[:, 0])
-            shape = len(items_BN), config.max_sequence_length, 2 * self.model.blocks[0].attention.key.out_features
-            self.pairs = [table_ID.new_zeros(shape) for _ in range(config.num_blocks)]
-            self.user_vectors_BD = table_ID.new_zeros(len(items_BN), config.embedding_dim)
-        layout = Layout.of(items_BN != PADDING_ID)
-        places_T = self.known_B[layout.rows_T] + layout.columns_T
-        places_BN = self.known_B[:, None] + torch.arange(layout.max_length, device=items_BN.device)
-        self.known_B = self.known_B + layout.lengths_B
-        width = max(int(self.known_B.max()), 1)
-        mask_B1NK = torch.arange(width, device=items_BN.device) <= places_BN[:, None, :, None]
-
-        def remember(block_BKD: Tensor, pairs_TD: Tensor) -> tuple[Tensor, Tensor]:
-            block_BKD[layout.rows_T, places_T] = pairs_TD
-            return block_BKD[:, :width], mask_B1NK
-
-        items_T = items_BN[items_BN != PADDING_ID]
-        states_TD = self.model._states(items_T, places_T, layout, [partial(remember, each) for each in self.pairs])
-        self.user_vectors_BD = torch.where(layout.lengths_B[:, None] > 0, layout.last(states_TD), self.user_vectors_BD)
-        return self.user_vectors_BD
-
-
-def _right_edge(items_BL: Tensor, length: int) -> Tensor:
-    """Move the newest `length` real items of each row to the right edge of a block of `length` columns."""
-    order_BL = (items_BL != PADDING_ID).int().argsort(dim=1, stable=True)
-    return F.pad(items_BL.gather(1, order_BL), (length, 0))[:, -length:]
 
 
 def _read_causal_lm(folder: Path, num_blocks: int | None) -> tuple[Any, dict[str, Tensor]]:
