@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from study.invented import ranks
 from training.text_sets import SMALL, brand_set
 
 from textrec.data.item_text import item_attributes
@@ -161,6 +162,12 @@ def test_smaller_models_are_ranked_beside_the_whole(encoder, texts):
     assert [line["x"] for line in few["heads taken"]] == ["0", "0"] and few["heads taken"][0]["value"] != whole
     ranks = text_ranks(redundancy.without_heads(encoder, [(1, 2)]), texts, "test").filtered
     assert lines["heads taken"][2]["value"] == intervals(ranks, (10,))["ndcg@10"]["value"]
+
+
+def test_tunings_are_lines_in_order_and_one_that_broke_has_none():
+    lines = redundancy.tuning_lines({"none": ranks([0, 50]), "last 1": None, "all": ranks([0, 0])})
+    assert [(line["x"], line["value"]) for line in lines] == [("none", 0.5), ("all", 1.0)]
+    assert lines[0]["low"] <= 0.5 <= lines[0]["high"]
 
 
 def test_alignment_sees_through_rotations_and_scales_and_nothing_else(encoder, packed):

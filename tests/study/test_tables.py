@@ -1,7 +1,9 @@
 """Means, intervals, verdicts and failures as the records give them; nothing from the smoke scale gets out."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pandas
 import pytest
 from study.invented import estimate, failed, ranks, record, row
@@ -118,6 +120,19 @@ def test_paired_difference_is_the_mean_difference_of_the_metric_over_users():
     gain = sum(1 / math.log2(b + 2) for b in BETTER) - sum(1 / math.log2(w + 2) for w in WORSE if w < 10)
     gain /= len(BETTER)
     assert tables.paired_difference([ranks(BETTER)], [ranks(WORSE)], "ndcg@10")[0] == pytest.approx(gain)
+
+
+def test_the_rule_for_the_candidates_may_turn_a_difference_round():
+    first, second = (dataclasses.replace(ranks(a), kept=ranks(b).kept) for a, b in ((BETTER, WORSE), (WORSE, BETTER)))
+    filtered, kept = (tables.paired_difference([first], [second], "ndcg@10", rule) for rule in tables.RULES[:2])
+    assert kept[0] == pytest.approx(-filtered[0]) and filtered[0] > 0
+    assert filtered == tables.paired_difference([first], [second], "ndcg@10")
+    many = [[dataclasses.replace(each, filtered=dataclasses.replace(each.filtered, candidates_U=np.full(360, 9000)))]
+            for each in (first, second)]  # fmt: skip
+    sampled = tables.paired_difference(*many, "recall@10", tables.RULES[2])
+    assert abs(sampled[0]) < 1e-6 < filtered[0]  # of a hundred drawn from 9,000 hardly any stands above either target
+    with pytest.raises(KeyError, match="kept"):
+        tables.paired_difference([first], [second], "ndcg@10", "kept")
 
 
 def test_equal_rows_do_not_differ():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from textrec.evaluation.ranking import Ranks
 from textrec.models.attention import BandedAttention, BandLayout
 from textrec.models.recformer import RecFormer
 from textrec.seeding import generator
@@ -202,6 +203,11 @@ def reduction_lines(
            for number in numbers for row, gone in orders]
         for kind, (take, numbers, orders) in plans.items()
     }  # fmt: skip
+
+
+def tuning_lines(ranks: Mapping[str, Ranks | None]) -> list[dict]:
+    """Return lines {row, x, value, low, high}: ndcg@10 by which layers were tuned (`x`); what broke has none."""
+    return [{"row": "tuned", "x": x} | intervals(each.filtered, (10,))["ndcg@10"] for x, each in ranks.items() if each]
 
 
 def linear_cka(x_ND: Tensor, y_ND: Tensor) -> float:

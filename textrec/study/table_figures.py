@@ -1,17 +1,28 @@
-"""Given item tables: how their vectors lie, what they change and for whom, and heat maps of layers or items."""
+"""Given item tables: how their vectors lie, what they change, cost and for whom, and heat maps of layers or items."""
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pandas
 from torch import Tensor
 
 from textrec.data.prepared import PreparedSet
+from textrec.data.splitting import training_counts
+from textrec.study import redundancy
+from textrec.study.claims import PLUMBING
 from textrec.study.figures import GREY, WIDTH, house_style
 from textrec.study.finetuning_figures import FREQUENCIES, plot_lines
-from textrec.study.records import Record, slices
-from textrec.study.tables import ablation_table, paired_difference
+from textrec.study.records import RARE, SAMPLED, Record, Run, slices
+from textrec.study.tables import RULES, ablation_table, paired_difference, ranks_at_hand
+from textrec.study.text_figures import expectation_table
 from textrec.training.table_rows import BASES, TABLE_ROWS
 
 LENGTHS = ("short_histories", "long_histories")
+CONTROLS = {"permuted", "same_covariance"}  # transforms after which vectors say nothing of their items
+SEEN_RARELY = "_rare_targets"  # ends the name of a row that is ranked on targets seen at most RARE times
 FEWEST = 1e-6  # of a logarithmic colour scale, relative to the largest number
 
 
@@ -20,8 +31,6 @@ def spread_table(vectors: Mapping[str, Tensor]):
 
     Rows are taken to be of unit norm; `directions` is how many orthogonal ones would spread the variance as evenly.
     """
-    import pandas
-
     told = {}
     for source, table in vectors.items():
         rows = table[1:].double()
@@ -32,15 +41,102 @@ def spread_table(vectors: Mapping[str, Tensor]):
     return pandas.DataFrame(told).T
 
 
-def paired_tables(record: Record, ranks: Mapping[str, Sequence]):
-    """Return an ablation table in which a row of `TABLE_ROWS` differs from its base's random one; others come last."""
-    import pandas
+def _pair_of(row: str) -> str | None:
+    """Return the row of a random table that a row of `TABLE_ROWS` is paired with, on the same targets."""
+    name = row.removesuffix(SEEN_RARELY)
+    return f"{TABLE_ROWS[name].base}_random{row[len(name) :]}" if name in TABLE_ROWS else None
 
-    frames = []
-    for base in (base for base in BASES if f"{base}_random" in ranks):
-        frame = ablation_table([record], reference=f"{base}_random", ranks=ranks)
-        frames.append(frame[[row in TABLE_ROWS and TABLE_ROWS[row].base == base for row in frame["row"]]])
-    return pandas.concat([*frames, ablation_table([record], ranks=ranks)]).drop_duplicates("row", ignore_index=True)
+
+def paired_tables(group: Sequence[Record], metric: str = "ndcg@10", *, ranks: Mapping[str, Sequence] | None = None):
+    """Return an ablation table in which a row of `TABLE_ROWS` differs from its base's random one; others come last."""
+    ranks, frames = ranks_at_hand(group) if ranks is None else ranks, []
+    rows = {row["row"] for record in group for row in record.rows}
+    for reference in (f"{base}_random{on}" for base in BASES for on in ("", SEEN_RARELY)):
+        if reference in rows:
+            own = {row: given for row, given in ranks.items() if _pair_of(row) == reference}
+            frame = ablation_table(group, metric, reference=reference, ranks=own)
+            frames.append(frame[[_pair_of(row) == reference for row in frame["row"]]])
+    rest = {row: given for row, given in ranks.items() if not row.endswith(SEEN_RARELY)}
+    frames.append(ablation_table(group, metric, ranks=rest))
+    return pandas.concat(frames).drop_duplicates("row", ignore_index=True)
+
+
+def rare_results(results: Sequence, prepared: PreparedSet) -> list:
+    """Return rows of `TABLE_ROWS` once more, on the targets alone that training saw at most `RARE` times, or never."""
+    seen_I = training_counts(prepared.histories, prepared.split)
+    told = {"changed": f"targets seen at most {RARE} times alone", "cost": {}, "curve": []}
+    ranked = [each for each in results if each.row in TABLE_ROWS and each.ranks is not None]
+    rare = [each.ranks.subset(seen_I[each.ranks.targets_U] <= RARE) for each in ranked]
+    return [replace(each, row=each.row + SEEN_RARELY, ranks=few, **told)
+            for each, few in zip(ranked, rare, strict=True) if len(few.users_U)]  # fmt: skip
+
+
+def gate_table(run: Run, pairs: Sequence[Sequence[str]], ranks: Mapping[str, Sequence], metric: str = "ndcg@10"):
+    """Return an `expectation_table` of pairs under every rule for the candidates that there are enough items for."""
+    fewest = min((each.filtered.candidates_U.min() for seeds in ranks.values() for each in seeds), default=0)
+    frames = {}
+    for rule in RULES if fewest > SAMPLED else RULES[:2]:
+        found = {" over ".join(pair): paired_difference(*map(ranks.get, pair), metric, rule)[:3] for pair in pairs}
+        frames[rule] = expectation_table(run, found)
+    return pandas.concat(frames, names=["rule", None]).droplevel(1).reset_index()
+
+
+def control_table(run: Run, ranks: Mapping[str, Sequence], metric: str = "ndcg@10", margin: float = 0.005):
+    """Return a frame of what controls reach beyond the random row of their model.
+
+    They are `equal` where the whole interval lies within the margin, else `above` or `below` where it excludes zero.
+    """
+    rows = [row for row in ranks if row in TABLE_ROWS and CONTROLS & {*TABLE_ROWS[row].transforms}]
+    rows = [row for row in rows if _pair_of(row) in ranks]
+    found = [paired_difference(ranks[row], ranks[_pair_of(row)], metric)[:3] for row in rows]
+    words = ["equal" if max(-low, high) <= margin else "above" if low > 0 else "below" if high < 0 else "undecided"
+             for _, low, high in found]  # fmt: skip
+    frame = pandas.DataFrame(found, index=rows, columns=["beyond random", "low", "high"])
+    return frame.assign(margin=margin, verdict=PLUMBING if run.scale == "smoke" else words)
+
+
+def rule_table(record: Record, metric: str = "ndcg@10"):
+    """Return a frame of rows by rule for the candidates: the metric, and the place among the rows."""
+    found = {}
+    for row in (row for row in record.rows if row["metrics"] and not row["row"].endswith(SEEN_RARELY)):
+        told = row["slices"] | {RULES[0]: row["metrics"]}
+        found[row["row"]] = {rule: told[rule][metric]["value"] for rule in RULES if rule in told}
+    frame = pandas.DataFrame(found).T
+    return frame.join(frame.rank(ascending=False).add_suffix(", place"))
+
+
+def efficiency_table(results: Sequence, folder: Path, prepared: PreparedSet, num_users: int = 1000, rounds: int = 5):
+    """Return a frame of the rows of `TABLE_ROWS`: sizes, times, the best validation, and whether it was only sooner.
+
+    Rows take turns in ranking `num_users` users on the CPU, after a round that is not counted; `beside random` is the
+    median ratio to the row of a random table in the same round. Epochs are counted from one.
+    """
+    from textrec.models.sequence_model import SequenceModel
+    from textrec.training.trainer import evaluate
+
+    rows = {each.row: each for each in results if each.row in TABLE_ROWS and each.ranks is not None}
+    models = {row: SequenceModel.from_pretrained(folder / "rows" / row / "model") for row in rows}
+    users, spent, lines = prepared.split.targets("test")[0][:num_users], {row: [] for row in rows}, {}
+    for _ in range(1 + rounds):
+        for row, model in models.items():
+            started = time.process_time()
+            evaluate(model, prepared, "test", users)
+            spent[row].append(time.process_time() - started)
+    curves = {row: [(entry["ndcg@10"], entry["epoch"] + 1) for entry in each.curve if "ndcg@10" in entry]
+              for row, each in rows.items()}  # fmt: skip
+    for row, model in models.items():
+        sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
+        ratios = np.divide(spent[row][1:], spent.get(_pair_of(row), [np.nan] * (1 + rounds))[1:])
+        best, epochs = max(curves[row], key=lambda point: (point[0], -point[1]))
+        level, _ = max(curves.get(_pair_of(row), [(np.nan, 0)]))
+        lines[row] = {
+            "parameters": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained),
+            "seconds an epoch": np.mean([entry["seconds"] for entry in rows[row].curve]),
+            f"CPU s for {len(users):,} users": np.median(spent[row][1:]), "beside random": np.median(ratios),
+            "best validation": best, "after epochs": epochs,
+            "random's best after": next((epoch for value, epoch in curves[row] if value >= level), np.nan),
+        }  # fmt: skip
+    return pandas.DataFrame.from_dict(lines, orient="index")
 
 
 def gain_data(
@@ -72,22 +168,41 @@ def plot_gains(panels: Sequence[tuple[str, str, Sequence[Mapping]]]):
     return figure
 
 
-def plot_matrices(panels: Sequence[Mapping], *, xlabel: str, ylabel: str, log: bool = False):
-    """Draw matrices {title, rows} side by side on one colour scale, row and column 0 first; `log` suits attention."""
+def attention_figures(encoders: Mapping, packed: Sequence[Tensor]) -> dict[str, tuple]:
+    """Return {name: (figure, data)}: attention by layer and head, between items, and which layers are like the first's.
+
+    Maps are of the first and the last layer; layers are compared with those of the first encoder.
+    """
+    profiles = {name: redundancy.attention_profile(each, packed) for name, each in encoders.items()}
+    panels, first = redundancy.attention_panels(profiles), next(iter(encoders))
+    maps = [{"title": f"{name}, {place} layer", "rows": told["map"][layer]}
+            for place, layer in (("first", 0), ("last", -1)) for name, told in profiles.items()]  # fmt: skip
+    aligned = [{"title": f"{name} (across)", "rows": redundancy.alignment(encoders[first], each, packed)}
+               for name, each in encoders.items()]  # fmt: skip
+    data = {"panels": panels, "heads": {name: told["heads"] for name, told in profiles.items()}}
+    drawn = plot_matrices(maps, xlabel="to item", ylabel="from item", log=True, columns=len(encoders))
+    alike = plot_matrices(aligned, xlabel="layer", ylabel=f"layer of {first}")
+    return {"attention": (plot_lines(panels), data), "items": (drawn, maps), "alignment": (alike, aligned)}
+
+
+def plot_matrices(panels: Sequence[Mapping], *, xlabel: str, ylabel: str, log: bool = False, columns: int = 0):
+    """Draw matrices {title, rows}, all or `columns` of them side by side, on one (logarithmic) scale of colours."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
 
     with house_style():
-        figure, ((*several,),) = plt.subplots(1, len(panels), figsize=(WIDTH, 0.9 + WIDTH / len(panels)), squeeze=False)
+        columns = columns or len(panels)
+        shape = -(-len(panels) // columns), columns
+        figure, grid = plt.subplots(*shape, figsize=(WIDTH, 0.9 + shape[0] * WIDTH / columns), squeeze=False)
         top = max((value for panel in panels for row in panel["rows"] for value in row), default=1.0)
         seen = [value for panel in panels for row in panel["rows"] for value in row if value > FEWEST * top]
         norm = LogNorm(min(seen, default=FEWEST), top) if log else Normalize(0, top)
-        for axes, panel in zip(several, panels, strict=True):
+        for axes, panel in zip(grid.flat, panels, strict=True):
             image = axes.imshow(panel["rows"], norm=norm, cmap="viridis", interpolation="nearest")
             axes.set_title(panel["title"], fontsize=9)
-            axes.set(xlabel=xlabel, ylabel=ylabel if axes is several[0] else None)
+            axes.set(xlabel=xlabel, ylabel=ylabel if axes in grid[:, 0] else None)
             axes.grid(visible=False)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=several, shrink=0.8)
+        figure.colorbar(image, ax=grid, shrink=0.8)
     return figure

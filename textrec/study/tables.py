@@ -17,10 +17,11 @@ from textrec.data.prepared import PreparedSet
 from textrec.evaluation.ranking import Ranks
 from textrec.schema import InputError
 from textrec.study.claims import NOT_ATTEMPTED, PLUMBING, Claim, Verdict, judge_rows, load_claims
-from textrec.study.records import Record, Run, protocol
+from textrec.study.records import SAMPLED, Record, Run, protocol
 
 SUMMED_COSTS = ("wall_s", "cpu_s", "tokens", "energy_wh")  # over seeds; of memory the largest counts
 FEWEST_SEEDS = 3  # for a spread
+RULES = ("seen_filtered", "seen_kept", f"sampled_uniform_{SAMPLED}")  # how the candidates of a rank are chosen
 IN_WORDS = "in words"  # in place of a published number that there is none of
 
 
@@ -161,20 +162,31 @@ def judge_run(run: Run, prepared: PreparedSet, rows: Sequence[Mapping], results:
                       differences=differences)  # fmt: skip
 
 
-def paired_difference(first: Sequence[Ranks], second: Sequence[Ranks], metric: str) -> tuple[float, ...]:
-    """Return (mean, low, high, p) of first minus second over the same users, seed by seed: 95 % and randomisation."""
-    from textrec.evaluation.metrics import per_user_metrics
+def paired_difference(
+    first: Sequence[Ranks], second: Sequence[Ranks], metric: str, rule: str = RULES[0]
+) -> tuple[float, ...]:
+    """Return (mean, low, high, p) of first minus second over the same users, seed by seed: 95 % and randomisation.
+
+    `rule` is one of `RULES`; the sampled one is its expectation.
+    """
     from textrec.evaluation.significance import bootstrap_interval, paired_randomisation
 
     for a, b in zip(first, second, strict=True):
         if not (np.array_equal(a.users_U, b.users_U) and np.array_equal(a.targets_U, b.targets_U)):
             raise InputError("two rows rank different users or targets; a paired difference needs the same")
-    ks = (int(metric.partition("@")[2] or 1),)
-    a_SU, b_SU = (
-        np.stack([per_user_metrics(ranks.filtered, ks=ks)[metric] for ranks in side]) for side in (first, second)
-    )
+    a_SU, b_SU = (np.stack([_per_user(ranks, metric, rule) for ranks in side]) for side in (first, second))
     low, high = bootstrap_interval(a_SU - b_SU)
     return float((a_SU - b_SU).mean()), float(low), float(high), float(paired_randomisation(a_SU, b_SU))
+
+
+def _per_user(ranks: Ranks, metric: str, rule: str) -> np.ndarray:
+    from textrec.evaluation.conventions import expected_sampled_metrics
+    from textrec.evaluation.metrics import per_user_metrics
+
+    ks = (int(metric.partition("@")[2] or 1),)
+    if rule == RULES[2]:
+        return expected_sampled_metrics(ranks.filtered, SAMPLED, ks)[metric]
+    return per_user_metrics({RULES[0]: ranks.filtered, RULES[1]: ranks.kept}[rule], ks=ks)[metric]
 
 
 def ranks_at_hand(group: Sequence[Record]) -> dict[str, list[Ranks]]:

@@ -80,28 +80,22 @@ def _variants(base: str) -> dict[str, TableRow]:
     layer = frozen | {"adaptor": "linear"}
     return {
         "finetuned_permuted": TableRow(base, "control: vectors exchanged between items", transforms=("permuted",)),
-        "finetuned_random_directions": TableRow(
-            base, "control: random vectors of the same mean and covariance", transforms=("same_covariance",)
-        ),
+        "finetuned_random_directions": TableRow(base, "control: random vectors of the same mean and covariance",
+                                                transforms=("same_covariance",)),
         "finetuned_frozen": TableRow(base, "vectors frozen", table=frozen),
         "finetuned_matched": TableRow(base, "vectors as long as random ones", table=norm),
         "finetuned_whitened": TableRow(base, "vectors whitened", transforms=("whitened",)),
         "finetuned_faithful": TableRow(base, "the published code's habits", STALE, faithful=True, **habits),
         "finetuned_projected": TableRow(base, "vectors frozen, through a layer", table=layer),
-        "language_model_permuted": TableRow(
-            base, "control: the language model's vectors exchanged", "language_model", ("permuted",)
-        ),
+        "language_model_permuted": TableRow(base, "control: the language model's vectors exchanged",
+                                            "language_model", ("permuted",)),
         "embedder_permuted": TableRow(base, "control: the embedder's vectors exchanged", "embedder", ("permuted",)),
         "embedder_projected": TableRow(base, "embedder's vectors frozen, through a layer", "embedder", table=layer),
         "embedder_whitened": TableRow(base, "embedder's vectors, whitened", "embedder", ("whitened",)),
-        "embedder_experts": TableRow(
-            base, "embedder's vectors frozen, whitening and experts above (UniSRec)", "embedder",
-            table=frozen | {"adaptor": "experts"},
-        ),
-        "embedder_plus_ids": TableRow(
-            base, "embedder's vectors frozen, through a layer, beside ids", "embedder",
-            table=layer | {"add_ids": True},
-        ),
+        "embedder_experts": TableRow(base, "embedder's vectors frozen, whitening and experts above (UniSRec)",
+                                     "embedder", table=frozen | {"adaptor": "experts"}),
+        "embedder_plus_ids": TableRow(base, "embedder's vectors frozen, through a layer, beside ids", "embedder",
+                                      table=layer | {"add_ids": True}),
         "narrow": TableRow(base, "64 wide, items start at random", "random", settings={"embedding_dim": 64}),
         "narrow_pca": TableRow(base, "64 wide, principal components", transforms=("pca",),
                                settings={"embedding_dim": 64}),
