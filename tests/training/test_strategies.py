@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.distributed_script import CONFIG, TRAINING, train
+from training.distributed_script import CONFIG, MODELS, MUTANTS, TRAINING, train
 
 from textrec.models.sasrec import SASRec
 from textrec.schema import InputError
+from textrec.seeding import seed_everything
 from textrec.training import strategies
 from textrec.training.batches import HistoryBatches, InParts, next_item_targets, training_loader
 from textrec.training.consolidation import consolidate
@@ -26,6 +27,8 @@ TESTS = Path(__file__).parents[1]
 SHARED = ["ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 OFFLOADED = ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
 TARGET = "training.distributed_script:train"
+OTHERS, CUT = ["HSTU", "Llama"], ["fsdp", "deepspeed_stage_3"]
+POSITIONS = 253  # of one epoch
 
 
 @pytest.mark.parametrize(
@@ -94,13 +97,12 @@ def test_a_batch_in_parts_is_that_batch(ring):
 
 
 def test_accumulation_is_exact_and_a_mean_of_means_is_not(ring, tmp_path, monkeypatch):
-    """Histories of unequal length, so that the parts of a batch hold unequal numbers of positions."""
-    uneven = replace(ring, split=replace(ring.split, train_end_U=ring.split.train_end_U - torch.arange(40).numpy() % 8))
+    """The parts of a batch hold unequal numbers of positions."""
 
     def weights(name: str, **settings):
         torch.manual_seed(0)
         training = replace(TRAINING, learning_rate=1e-2, **settings)
-        fit(SASRec(CONFIG), uneven, training, seed=0, folder=tmp_path / name)
+        fit(SASRec(CONFIG), ring, training, seed=0, folder=tmp_path / name)
         return consolidate(tmp_path / name / "last.ckpt")
 
     whole, parts = weights("whole"), weights("parts", accumulate=4)
@@ -119,6 +121,19 @@ def apart(one: dict, two: dict) -> float:
     """Return the largest difference, but for key biases: their true gradient is zero, Adam steps along the noise."""
     assert one.keys() == two.keys()
     return max((one[name] - two[name]).abs().max().item() for name in one if not name.endswith("key.bias"))
+
+
+def test_processes_have_unequal_shares(ring):
+    """Where shares are equal, means over processes of their means are right by chance."""
+    dataset = HistoryBatches(ring.histories, ring.split.train_end_U, 8, next_item_targets)
+    for epoch in range(3):
+        counts = []
+        for rank in range(2):
+            loader = training_loader(dataset, 16, 0, rank, 2)
+            loader.sampler.set_epoch(epoch)
+            counts.append([int((batch["targets"] > 0).sum()) for batch in loader])
+        assert all(one != two for one, two in zip(*counts, strict=True)) and sum(map(sum, counts)) == POSITIONS
+    assert len(ring.split.targets("validation")[0]) % 2 == 1
 
 
 @dataclass
@@ -149,8 +164,8 @@ def runs(prepared, tmp_path_factory) -> Runs:
         told = {}
         two = {"prepared": str(prepared), "folder": str(folder / "two"), "names": SHARED + OFFLOADED, "keep": 0}
         told["two"] = launch(TARGET, two | {"accumulate": 2}, folder / "two", 2)
-        hand_over(folder / "two", folder / "one", SHARED)
-        one = {"prepared": str(prepared), "folder": str(folder / "one"), "names": SHARED, "keep": 1}
+        hand_over(folder / "two", folder / "one", SHARED + OFFLOADED)
+        one = {"prepared": str(prepared), "folder": str(folder / "one"), "names": SHARED + OFFLOADED, "keep": 1}
         told["one"] = launch(TARGET, one | {"accumulate": 2}, folder / "one", 1)
     return Runs(consolidate(folder / "single" / "auto" / "last.ckpt"), curve, folder, told)
 
@@ -182,12 +197,58 @@ def test_clipping_is_felt_so_that_equality_speaks_of_it(runs, prepared, tmp_path
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", SHARED + OFFLOADED)
 def test_one_process_goes_on_where_two_stopped(runs, name):
     assert apart(runs.single, consolidate(runs.folder / "one" / name / "last.ckpt")) < 1e-5
     curve = runs.told["one"]["curves"][name]
     assert [entry["epoch"] for entry in curve] == [0, 1, 2]
     assert curve[0] == runs.told["two"]["curves"][name][0]  # of the two processes: carried along, not trained again
+
+
+@pytest.fixture(scope="module")
+def others(prepared, tmp_path_factory) -> tuple[Path, dict]:
+    """Two processes train other models, cut into shares, and SASRec with mistakes; what they told by name."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("others")
+    calls = {name: {"model": name, "names": CUT, "max_epochs": 2} for name in OTHERS}
+    calls |= {name: {"mutant": name, "names": ["ddp"]} for name in MUTANTS}
+    calls = {name: call | {"prepared": str(prepared), "folder": str(folder / name)} for name, call in calls.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(TESTS))
+        told = launch(f"{TARGET}_all", {"calls": list(calls.values())}, folder, 2)
+    return folder, dict(zip(calls, told, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("model", OTHERS)
+def test_two_processes_equal_one_for_other_models(others, prepared, tmp_path, model):
+    """Bias tables of odd lengths, buckets that no pair falls into, norms without a bias: all are cut and joined."""
+    folder, told = others
+    [curve] = train(str(prepared), str(tmp_path), ["auto"], model=model, max_epochs=2)["curves"].values()
+    single = consolidate(tmp_path / "auto" / "last.ckpt")
+    cls, config = MODELS[model]
+    seed_everything(0)
+    for name, start in cls(config).named_parameters():
+        assert (single[name] - start).abs().max() > 1e-3, name
+    for name in CUT:
+        assert apart(single, consolidate(folder / model / name / "last.ckpt")) < 1e-5, name
+        for one, two in zip(curve, told[model]["curves"][name], strict=True):
+            assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
+            assert two["ndcg@10"] == pytest.approx(one["ndcg@10"], abs=1e-9)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_mistakes_break_the_equality(runs, others):
+    folder, told = others
+    differs = apart(runs.single, consolidate(folder / "mean_of_means" / "ddp" / "last.ckpt"))
+    assert differs > 1e-4
+    for name in ("mean_over_processes", "filled_up"):
+        assert apart(runs.single, consolidate(folder / name / "ddp" / "last.ckpt")) < 1e-5
+        for one, two in zip(runs.curve, told[name]["curves"]["ddp"], strict=True):
+            assert abs(two["ndcg@10"] - one["ndcg@10"]) > 1e-6, name
 
 
 @pytest.mark.distributed
@@ -211,7 +272,7 @@ def test_process_zero_alone_writes(runs):
         assert len((row / "logs" / "metrics.csv").read_text().splitlines()) == 4, log[-2000:]  # a header, three epochs
         assert len(list((row / "logs").glob("events*"))) == 1
         assert not list(row.rglob("*.partial-*"))
-    assert runs.told["two"]["tokens"] == 3 * 40 * 8  # both processes' positions
+    assert runs.told["two"]["tokens"] == 3 * POSITIONS  # both processes' positions
 
 
 @pytest.mark.distributed
