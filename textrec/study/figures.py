@@ -187,7 +187,7 @@ def plot_ladder(data: Mapping):
             axes.plot([], [], "d", color="black", fillstyle="none", label="published, the level we are judged by")
         unjudged = {m["preparation"] for m in data["published"] if not m["judged"]}
         for name in (name for name in shapes if name in unjudged):
-            told = "published by others" if name == data["dataset"] else f"published on {name}, other test targets"
+            told = "published by others" if name == data["dataset"] else f"published on {name}"
             axes.plot([], [], shapes[name], color=GREY, fillstyle="none", markersize=5, label=told)
         axes.set_yticks(list(place.values()), list(place))
         axes.set_ylim(-len(rows) + 0.4, 0.6)
