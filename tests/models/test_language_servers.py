@@ -1,14 +1,12 @@
 """A server on this machine, llama.cpp where it is installed (else a stand-in of its calls), and a recording."""
 
-import json
 import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from models.local_server import local_server
 from models.small_language_model import TITLES, tiny
 
 from textrec.models.language_backends import Decoding, TransformersModel
@@ -29,29 +27,8 @@ def weights(folder):
 
 @pytest.fixture
 def server():
-    """Answer each request by the next of `replies` (status, body), the last again and again; remember requests."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found.requests.append((self.path, body, dict(self.headers)))
-            status, reply = found.replies.pop(0) if len(found.replies) > 1 else found.replies[0]
-            told = reply(body) if callable(reply) else reply
-            told = told if isinstance(told, bytes) else json.dumps(told).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(told)))
-            self.end_headers()
-            self.wfile.write(told)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = types.SimpleNamespace(requests=[], replies=[], url=f"http://127.0.0.1:{http.server_port}/v1")
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield found
-    http.shutdown()
-    http.server_close()
+    with local_server() as found:
+        yield found
 
 
 def ask(server, **more):
@@ -90,7 +67,7 @@ def test_a_server_that_stumbles_is_asked_again_and_one_that_refuses_is_not(serve
 
 @pytest.mark.parametrize(
     "reply", [b"<html>", {"choices": []}, {"error": "x"}, [], {"choices": [None]},
-              {"choices": [{"text": None, "logprobs": None}], "data": [{"index": 0}]}]
+              {"choices": [{"text": None, "logprobs": {"tokens": []}}], "data": [{"index": 0}]}]
 )  # fmt: skip
 def test_a_malformed_reply_is_an_input_error(server, reply):
     server.replies, model = [(200, reply)], ask(server)

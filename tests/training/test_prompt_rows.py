@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from models.local_server import local_server
 from training.text_sets import brand_set
 
 from textrec.evaluation.metrics import mean_metrics
-from textrec.models.language_servers import Recorded
+from textrec.models.language_servers import EndpointModel, Recorded
 from textrec.models.listwise_prompt import NUMBER
 from textrec.schema import InputError
 from textrec.seeding import derive_seed
@@ -21,11 +22,12 @@ class Clerk:
     """A language model that answers in the order shown, says yes to short prompts, and counts what it is asked."""
 
     def __init__(self, name="clerk", order=slice(None)):
-        self.identity, self.order, self.asked = name, order, 0
+        self.identity, self.order, self.asked, self.max_tokens = name, order, 0, 1024
 
     def embed(self, texts):
         self.asked += len(texts)
-        return np.stack([np.random.default_rng(derive_seed(text)).normal(size=8) for text in texts]).astype(np.float32)
+        cut = [text[: self.max_tokens] for text in texts]
+        return np.stack([np.random.default_rng(derive_seed(text)).normal(size=8) for text in cut]).astype(np.float32)
 
     def generate(self, prompts, decoding):
         self.asked += len(prompts)
@@ -149,6 +151,16 @@ def test_no_two_models_share_answers_or_vectors(asked, tmp_path):
     assert len(list((tmp_path / "vectors").iterdir())) == 2
 
 
+def test_two_limits_of_one_model_share_no_vectors_and_no_rows(asked, tmp_path):
+    whole, short, row = Clerk(), Clerk(), "embedding_no_template"
+    short.max_tokens = 5
+    first, second = (run_prompt_rows([row], asked(model), run_dir=tmp_path / "run")[0] for model in (whole, short))
+    alone = asked(short, vectors=tmp_path / "fresh").ranks(row)
+    assert (second.ranks.filtered.higher_U == alone.filtered.higher_U).all()
+    assert (second.ranks.filtered.higher_U != first.ranks.filtered.higher_U).any()
+    assert [each.parameters["max_tokens"] for each in (first, second)] == [1024, 5]
+
+
 def test_templates_do_not_share_vectors_and_vectors_rank_all_items(asked):
     one = asked()
     plain, template = (one.ranks(f"embedding_{name}template") for name in ("no_", ""))
@@ -182,6 +194,24 @@ def test_a_report_counts_and_replays_agree(asked):
     answers = iter(["1, 2", "1, 3"])
     one.model.generate = lambda prompts, decoding: [next(answers)] * len(prompts)
     assert one.agreement("listwise", 2, temperature=0.7) == {"text": 0.0, "order": 0.0, "first item": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["no word of them", "of what it wrote alone"])
+def test_what_an_endpoint_cannot_do_is_not_attempted_and_the_rest_is_run(asked, tmp_path, kind):
+    rows = ["first_stage", "listwise", "listwise_constrained", "pointwise"]
+
+    def reply(body):
+        told = {"text_offset": [len(body["prompt"])], "token_logprobs": [-1.0]}
+        return {"choices": [{"text": "2, 1"} | ({"logprobs": told} if "alone" in kind else {})]}
+
+    with local_server() as server:
+        server.replies = [(200, reply)]
+        model = EndpointModel(server.url, "mistral", wait_s=0.01, timeout_s=5)
+        results = run_prompt_rows(rows, asked(model), run_dir=tmp_path)
+    assert [each.status for each in results] == ["ok", "ok", "not_attempted", "not_attempted"]
+    assert "cannot be kept to given choices" in results[2].reason and "(echo)" in results[3].reason
+    with pytest.raises(InputError, match="failed 4 times"):  # a server that is down is no lack of its protocol
+        run_prompt_rows(["listwise"], asked(model, seed=1), run_dir=tmp_path)
 
 
 def test_another_scorer_is_another_first_stage(asked, prepared):

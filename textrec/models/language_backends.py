@@ -34,10 +34,15 @@ class Decoding:
     choices: tuple[str, ...] = ()  # not empty: the answer is these texts, each once, in an order that the model chooses
 
 
+class Unsupported(InputError):
+    """A question that a model's way of running has no answer to, whatever its weights know."""
+
+
 class LanguageModel(Protocol):
     """What every backend does. `embed` gives float32 [N, D], `log_likelihood` the nats of each continuation [N]."""
 
     identity: str
+    max_tokens: int  # of an embedded text; what decides its vector beside the identity
 
     def embed(self, texts: Sequence[str]) -> np.ndarray: ...
     def generate(self, prompts: Sequence[str], decoding: Decoding) -> list[str]: ...

@@ -22,7 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from textrec.models.language_backends import Decoding, LanguageModel, OnceEach, TransformersModel, files_digest
+from textrec.models.language_backends import (
+    Decoding,
+    LanguageModel,
+    OnceEach,
+    TransformersModel,
+    Unsupported,
+    files_digest,
+)  # fmt: skip
 from textrec.schema import InputError
 from textrec.seeding import derive_seed
 
@@ -98,17 +105,18 @@ def masking(once: OnceEach, length: int) -> Callable[[np.ndarray, np.ndarray], n
 class EndpointModel:
     """A model behind a server that speaks the OpenAI protocol; `url` ends where its paths begin, mostly in /v1.
 
-    Which pooling its vectors have, which template it puts around a prompt and how it is quantised is the server's
-    affair. `key_variable` names the environment variable of a key, if one is asked for.
+    Which pooling its vectors have, which template it puts around a prompt, how it is quantised and where it cuts a text
+    is the server's affair; `max_tokens` tells what it was set to. `key_variable` names the environment variable of a
+    key, if one is asked for.
     """
 
     def __init__(
         self, url: str, model: str, *, timeout_s: float = 120.0, retries: int = 3, wait_s: float = 1.0,
-        at_once: int = 8, key_variable: str = "",
+        at_once: int = 8, key_variable: str = "", max_tokens: int = 1024,
     ):  # fmt: skip
         self.url, self.model, self.timeout_s, self.at_once = url.rstrip("/"), model, timeout_s, at_once
         self.retries, self.wait_s, self.key = retries, wait_s, os.environ.get(key_variable, "")
-        self.identity = f"endpoint {self.url} {model}"
+        self.identity, self.max_tokens = f"endpoint {self.url} {model}", max_tokens
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = self._ask("embeddings", {"input": list(texts)}, _vectors)
@@ -118,7 +126,7 @@ class EndpointModel:
 
     def generate(self, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         if decoding.choices:
-            raise InputError(f"{self.identity}: an endpoint cannot be kept to given choices; run the weights here")
+            raise Unsupported(f"{self.identity}: an endpoint cannot be kept to given choices; run the weights here")
         settings = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
 
         def answer(prompt: str) -> str:
@@ -135,7 +143,10 @@ class EndpointModel:
         def likelihood(prompt: str, text: str) -> float:
             body = {"prompt": prompt + text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
             spans = self._ask("completions", body, _spans)
-            return sum(value for at, value in spans if len(prompt) <= at < len(prompt + text))
+            own = [value for at, value in spans if len(prompt) <= at < len(prompt + text)]
+            if not own:
+                raise Unsupported(f"{self.identity}: this endpoint gives no log-probabilities of a prompt (echo)")
+            return sum(own)
 
         with ThreadPoolExecutor(self.at_once) as pool:
             return np.array(list(pool.map(likelihood, prompts, continuations)))
@@ -163,15 +174,15 @@ def _vectors(told: dict) -> np.ndarray:
 
 
 def _spans(told: dict) -> list[tuple[int, float]]:
-    found = told["choices"][0]["logprobs"]
-    return list(zip(found["text_offset"], found["token_logprobs"], strict=True))
+    found = {**told["choices"][0]}.get("logprobs")
+    return list(zip(found["text_offset"], found["token_logprobs"], strict=True)) if found else []
 
 
 class Recorded:
     """A model that is not here; its answers and vectors are read from disk, under the identity that it had."""
 
-    def __init__(self, identity: str):
-        self.identity = identity
+    def __init__(self, identity: str, max_tokens: int = 1024):
+        self.identity, self.max_tokens = identity, max_tokens
 
     def _refuse(self, *_):
         raise InputError(f"an answer of {self.identity!r} is not on disk, and the model is not here to be asked")

@@ -26,7 +26,7 @@ from textrec.data.vectors import text_vectors
 from textrec.evaluation import controls
 from textrec.evaluation.ranking import Counts, Ranks, Scorer, VectorScorer, rank_targets, top_k
 from textrec.models import listwise_prompt as prompting
-from textrec.models.language_backends import Decoding, LanguageModel
+from textrec.models.language_backends import Decoding, LanguageModel, Unsupported
 from textrec.paths import ROOT
 from textrec.schema import InputError
 from textrec.seeding import derive_seed, generator
@@ -53,7 +53,6 @@ class PromptConfig:
     max_new_tokens: int = 96
     temperature: float = 0.0
     shuffles: int = 3  # of the self-consistent row
-    max_tokens: int = 1024  # of an embedded text
     label: str = ""  # e.g. plumbing: put before what every asked row changes
 
     def __post_init__(self) -> None:
@@ -244,7 +243,7 @@ class Prompting:
         read = [prompting.described_history([texts[item - 1] for item in row[:n][::-1]], template)
                 for row, n in zip(items_UL, lengths_U, strict=True)]  # fmt: skip
         how = {"folder": self.vectors, "encoder": self.model.identity, "pooling": "last token",
-               "max_tokens": self.config.max_tokens}  # fmt: skip
+               "max_tokens": self.model.max_tokens}  # fmt: skip
         items_ID, users_UD = (F.normalize(torch.from_numpy(np.asarray(text_vectors(each, self.model.embed, **how))))
                               for each in (texts, read))  # fmt: skip
         scorer = VectorScorer(lambda rows: users_UD[rows], items_ID)
@@ -256,8 +255,8 @@ def run_prompt_rows(
 ) -> list[RowResult]:
     """Run the named rows of `PROMPT_ROWS`; finished ones are read back, a broken one is a result with its reason.
 
-    `skipped` maps a row that is not to be run to the reason. Raises `InputError` for an unknown row, for an endpoint
-    that is down and for an answer that a recording lacks.
+    `skipped` maps a row that is not to be run to the reason; what the model's backend cannot do is not attempted
+    either. Raises `InputError` for an unknown row, for an endpoint that is down and for an answer a recording lacks.
     """
     skipped, results = skipped or {}, []
     for row in (*rows, *skipped):
@@ -268,7 +267,8 @@ def run_prompt_rows(
     for row in rows:
         preset = PROMPT_ROWS[row]
         changed = f"{asked.config.label}: " * bool(asked.config.label and preset.asked != "nobody") + preset.changed
-        parameters = json.loads(json.dumps({"model": asked.model.identity} | asdict(preset) | asdict(asked.config)))
+        model = {"model": asked.model.identity, "max_tokens": asked.model.max_tokens}
+        parameters = json.loads(json.dumps(model | asdict(preset) | asdict(asked.config)))
         if row in skipped:
             results.append(RowResult(row, changed, parameters, "not_attempted", skipped[row]))
             continue
@@ -276,7 +276,10 @@ def run_prompt_rows(
         if preset.asked != "vectors":
             key["candidates"] = derive_seed(asked.candidates_UC.tobytes().hex())
         place, run = Path(run_dir) / "rows" / row, partial(_ranked, asked, row)
-        results.append(cached_row(row, changed, parameters, key, place, _CODE, run))
+        try:
+            results.append(cached_row(row, changed, parameters, key, place, _CODE, run))
+        except Unsupported as error:
+            results.append(RowResult(row, changed, parameters, "not_attempted", str(error)))
     return results
 
 
