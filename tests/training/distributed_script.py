@@ -15,7 +15,7 @@ from textrec.models.hstu import HSTU, HSTUConfig
 from textrec.models.llama import Llama, LlamaConfig
 from textrec.models.sasrec import SASRec, SASRecConfig
 from textrec.seeding import seed_everything
-from textrec.training import strategies, trainer
+from textrec.training import strategies, text_launch, trainer
 from textrec.training.launch import processes
 from textrec.training.module import TrainingConfig
 
@@ -62,6 +62,21 @@ def filled_up(self, trainer_, model):
     return value
 
 
+def cut_all(*args):
+    """Have ZeRO 3 cut small parameters, all of a test, which it would leave whole in every process."""
+    written = ZERO_CONFIG(*args)
+    if written["zero_optimization"]["stage"] == 3:
+        written["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return written
+
+
+def text_here(target: str, **arguments):
+    """Do what `text_launch` does in a process of its own, with every parameter cut."""
+    with patch.object(strategies, "zero_config", cut_all):
+        return getattr(text_launch, target)(**arguments)
+
+
+ZERO_CONFIG = strategies.zero_config
 VALIDATE = trainer.RankingMonitor._validate
 MUTANTS = {
     "mean_of_means": (strategies.DistributedModule, "mean_over_step", mean_of_means),
@@ -85,14 +100,7 @@ def train(
     **settings,
 ):  # fmt: skip
     """Fit with one strategy after the other, `keep` a second checkpoint of that epoch; return the curves."""
-    plain_config, save_last = strategies.zero_config, trainer.SaveLast.on_train_epoch_end
-    cls, config = MODELS[model]
-
-    def cut_all(*args):
-        written = plain_config(*args)
-        if written["zero_optimization"]["stage"] == 3:  # or small parameters, all of a test, stay whole everywhere
-            written["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return written
+    save_last, (cls, config) = trainer.SaveLast.on_train_epoch_end, MODELS[model]
 
     def keep_one(self, of, module):
         save_last(self, of, module)
@@ -111,7 +119,7 @@ def train(
             folder=Path(folder) / name, devices=devices, num_nodes=num_nodes,
         )  # fmt: skip
         curves[name] = fitted.curve
-    strategies.zero_config, trainer.SaveLast.on_train_epoch_end = plain_config, save_last
+    strategies.zero_config, trainer.SaveLast.on_train_epoch_end = ZERO_CONFIG, save_last
     return {"curves": curves, "tokens": fitted.tokens, "world_size": devices * num_nodes, "cpu_s": fitted.cpu_s}
 
 

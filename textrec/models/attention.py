@@ -186,9 +186,9 @@ class BandedAttention(nn.Module):
         return mixed_TD.index_copy_(0, layout.starts_B, first_BD.to(mixed_TD.dtype))
 
     def _projected(self, hidden_TD: Tensor) -> Tensor:
-        """Return queries, keys and values side by side (T, 3 * D), by one product where no adapter wraps a layer."""
+        """Return queries, keys and values side by side (T, 3 * D), by one product where the weights are at hand."""
         layers = self.query, self.key, self.value
-        if any(type(layer) is not nn.Linear for layer in layers):
+        if not all(map(_at_hand, layers)):
             return torch.cat([layer(hidden_TD) for layer in layers], 1)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.linear(hidden_TD, weight, bias)
@@ -338,9 +338,14 @@ class Dropout(nn.Dropout):
         return _Dropped.apply(x, self.p) if drawn else super().forward(x)
 
 
+def _at_hand(layer: nn.Module) -> bool:
+    """Whether a layer's weights say what it computes: not under an adapter, nor where ZeRO 3 gathers them at a call."""
+    return type(layer) is nn.Linear and not hasattr(layer.weight, "ds_id")
+
+
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return what a linear layer computes as matrix and bias; one wrapped in an adapter is asked for both."""
-    if type(linear) is nn.Linear:
+    """Return what a linear layer computes as matrix and bias; one whose weights are not at hand is asked for both."""
+    if _at_hand(linear):
         return linear.weight, linear.bias
     like = next(linear.parameters())
     asked = torch.eye(linear.in_features + 1, linear.in_features, dtype=like.dtype, device=like.device)
