@@ -26,6 +26,12 @@ def test_a_row_of_the_ladder_changes_one_thing(name):
         assert {k for k, v in preset.model_settings.items() if reference.model_settings.get(k) != v} == {"norm"}
 
 
+def test_cosines_are_all_that_lies_between_sampled_softmax_and_its_row_with_cosines():
+    cosine, plain = PRESETS["sasrec_cosine"], PRESETS["sasrec_ss"]
+    assert cosine.model_settings == plain.model_settings | {"temperature": 0.05}
+    assert cosine.training_settings == plain.training_settings == PRESETS["llama"].training_settings
+
+
 def test_published_sizes():
     """ML-1M with 3,416 items: pmixer 212,000 and gSASRec's tables, by the settings alone."""
     sizes = {}

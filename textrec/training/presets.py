@@ -1,7 +1,8 @@
 """The named rows of the ID-baseline ladder: which model, which configuration, which training, and what it changes.
 
 Published settings as the specifications of SASRec (pmixer's port), gSASRec, "Turning Dross into Gold Loss", eSASRec,
-BERT4Rec, HSTU, FuXi-alpha and Toy-RecLM give them; `sasrec_*` rows differ from the row `sasrec_ce` in one thing each.
+BERT4Rec, HSTU, FuXi-alpha and Toy-RecLM give them; `sasrec_*` rows differ from the row `sasrec_ce`
+in one thing each, `sasrec_cosine` from `sasrec_ss`.
 """
 
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ PRESETS: dict[str, Preset] = {
         {"loss": "sampled_softmax", "share_negatives": False},
     ),
     "sasrec_cosine": Preset(
-        "SASRec", "loss: that of sasrec_ss, of cosines / 0.05", {**_SASREC, "temperature": 0.05},
+        "SASRec", "scores: cosines / 0.05; the loss of sasrec_ss", {**_SASREC, "temperature": 0.05},
         {"loss": "sampled_softmax", "share_negatives": False},
     ),
     "sasrec_shared": Preset(
