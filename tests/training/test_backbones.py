@@ -9,7 +9,7 @@ from textrec.models.pretrained import load_recformer
 from textrec.models.recformer import PRESETS, RecFormerForPretraining
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.backbones import start_of, tokenizer_of
+from textrec.training.backbones import saved_tokenizer, start_of, tokenizer_of
 
 TEXTS = pandas.DataFrame({"item": ["a", "b"], "title": ["green kettle", "red kettle"], "brand": ["Zor", None]})
 UNTITLED = pandas.DataFrame({"item": ["c"], "title": ["amber teapot"]})  # a catalogue with fewer attributes
@@ -21,6 +21,14 @@ def test_a_tokenizer_is_trained_on_the_texts_of_all_catalogues():
     assert "amber" not in {token.strip("Ġ") for token in tokenizer_of("train", [TEXTS], 300).get_vocab()}
     assert len(tokenizer.get_vocab()) <= 300
     assert tokenizer.to_str() == tokenizer_of("train", [TEXTS, UNTITLED], 300).to_str()
+
+
+def test_a_saved_tokenizer_is_read_and_a_missing_one_names_who_makes_it(tmp_path):
+    tokenizer = tokenizer_of("train", [TEXTS], 300)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert saved_tokenizer(tmp_path).to_str() == tokenizer.to_str()
+    with pytest.raises(InputError, match=r"nowhere holds no pretrained model: .* `textrec run 02` leaves there"):
+        saved_tokenizer(tmp_path / "nowhere")
 
 
 def test_a_random_start_is_its_preset_with_the_tokenizers_sizes_and_the_changes():

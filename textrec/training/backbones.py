@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textrec.data.choices import closest
@@ -28,6 +29,15 @@ def tokenizer_of(name: str, catalogues: Iterable["DataFrame"] = (), vocabulary_s
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(find_pretrained(name))
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that notebook 02 left beside a model."""
+    from tokenizers import Tokenizer
+
+    if not (path := Path(folder) / "tokenizer.json").is_file():
+        raise InputError(f"{folder} holds no pretrained model: expected the one that `textrec run 02` leaves there")
+    return Tokenizer.from_file(str(path))
 
 
 def start_of(backbone: str, encoder: Mapping[str, Any], tokenizer: Any) -> RecFormerForPretraining:
