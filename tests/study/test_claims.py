@@ -56,6 +56,7 @@ def test_a_row_has_one_judging_claim_per_metric_and_protocol_beside_the_gates():
         ("rectools-hstu/hstu-large/ndcg@200", "ml-1m-w3", 0.3015, "hstu_large"),
         ("esasrec-fuxi-ml1m/fuxi-alpha/ndcg@10", "ml-1m-w3", 0.1813, "fuxi"),
         ("ml-1m-txt/statistics/interactions", "ml-1m-w1", 999611, "statistics"),
+        ("arts-5-core/statistics/items", "amazon-2018-Arts_Crafts_and_Sewing", 22855, "statistics"),
         ("recformer-paper-scientific/recformer/ndcg@10", "amazon-2018-Industrial_and_Scientific", 0.1027, "two_stage"),
         ("recformer-scientific/recformer-over-sasrec/ndcg@10", "amazon-2018-scientific", 0.023, "two_stage"),
         ("gate-ml1m/sasrec-ce/recall@10", "ml-1m-w1", 0.305, "sasrec_ce"),
