@@ -81,7 +81,8 @@ def test_arms_take_words_or_attention_away_and_adapters_are_read_by_whatever_rea
     texts, start, tmp_path
 ):
     rows = ["zero_shot", "random_words", "random_blocks", "uniform_attention", "random_words_two_stage",
-            "uniform_attention_two_stage", "bag_of_words_two_stage", "frozen_encoder", "lora_ffn"]  # fmt: skip
+            "uniform_attention_two_stage", "bag_of_words_two_stage", "frozen_encoder", "random_blocks_frozen_words",
+            "lora_ffn"]  # fmt: skip
     brief = {"all": BRIEF["all"] | {"stages": (1,), "learning_rate": 1e-2}, "lora_ffn": {"adapters": {"rank": 2}}}
     given = {"seed": 0, "run_dir": tmp_path, "overrides": brief}
     results = {each.row: each for each in run_text_rows(rows, texts, start, **given)}
@@ -95,6 +96,8 @@ def test_arms_take_words_or_attention_away_and_adapters_are_read_by_whatever_rea
     for row, parts in (("frozen_encoder", ("word_table", "norm")), ("lora_ffn", ("enter.weight", "leave.weight"))):
         changed = {name for name in before if not torch.equal(weights[row][name], before[name])}
         assert changed and all(any(part in name for part in parts) for name in changed)
+    kept = {name for name in before if torch.equal(weights["random_blocks_frozen_words"][name], before[name])}
+    assert "word_table.weight" in kept and not any("attention.key.weight" in name for name in kept)
     assert weights["bag_of_words_two_stage"].keys() == {"word_table.weight"}
     assert (
         results["lora_ffn"].parameters["adapters"] | {"rank": 2, "targets": "ffn"}
@@ -111,6 +114,10 @@ def test_trained_parameters_are_counted(start):
     of_ffn = 2 * 2 * 2 * (16 + 32)  # layers, maps, rank
     counted = {row: trained_parameters(row, start, {"lora_ffn": {"adapters": {"rank": 2}}})
                for row in ("zero_shot", "two_stage", "frozen_words", "bag_of_words_two_stage", "lora_ffn")}  # fmt: skip
+    for part in ("words", "blocks"):
+        assert text_rows.TEXT_ROWS[f"random_{part}_frozen_encoder"].start == f"random_{part}"
+        for frozen in ("frozen_words", "frozen_encoder"):
+            assert trained_parameters(f"random_{part}_{frozen}", start) == trained_parameters(frozen, start) < whole
     assert counted == {"zero_shot": 0, "two_stage": whole, "frozen_words": whole - 400 * 16,
                        "bag_of_words_two_stage": 400 * 16, "lora_ffn": of_ffn}  # fmt: skip
 

@@ -82,6 +82,13 @@ TEXT_ROWS = {
     "frozen_encoder": TextRow("words and norms trained alone", settings={"freeze": ENCODER}),
     "random_words_two_stage": TextRow("word vectors drawn anew", start="random_words"),
     "random_blocks_two_stage": TextRow("attention and feed-forward drawn anew", start="random_blocks"),
+    **{
+        f"random_{part}_frozen_{kept}": TextRow(
+            f"{part} drawn anew, {trained} trained alone", f"random_{part}", settings={"freeze": frozen}
+        )
+        for part in ("words", "blocks")
+        for kept, trained, frozen in (("words", "encoder", ("word_table",)), ("encoder", "words and norms", ENCODER))
+    },
     "permuted_words_two_stage": TextRow("word vectors exchanged", start="permuted_words"),
     "uniform_attention_two_stage": TextRow(
         "a mean for attention", start="uniform_attention", settings={"freeze": QUERIES}
