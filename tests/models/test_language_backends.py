@@ -110,6 +110,13 @@ def test_the_identity_names_weights_and_precision_and_not_the_layout(folder, mod
     assert TransformersModel(folder, padding="left", batch_size=1).identity == model.identity
 
 
+def test_half_precision_embeds_in_single_and_nearly_the_same(folder, model):
+    half, single = TransformersModel(folder, dtype="bfloat16", batch_size=4).embed(TEXTS), model.embed(TEXTS)
+    assert half.dtype == np.float32 and half.shape == single.shape and (half != single).any()
+    lengths = np.linalg.norm(half, axis=1) * np.linalg.norm(single, axis=1)
+    assert ((half * single).sum(1) / lengths).min() > 0.999
+
+
 def test_mistakes_are_named(model, tmp_path):
     with pytest.raises(InputError, match="no causal language model '.*nowhere'"):
         TransformersModel(tmp_path / "nowhere")

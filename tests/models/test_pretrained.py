@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from textrec.models.pretrained import adapt_weights, config_from, find_pretrained, load_recformer, read_weights
+from textrec.models.pretrained import (
+    HUB_FILES,
+    adapt_weights,
+    config_from,
+    find_pretrained,
+    load_recformer,
+    read_weights,
+)  # fmt: skip
 from textrec.models.recformer import PRESETS, RecFormerConfig, RecFormerForPretraining
 from textrec.schema import InputError
 
@@ -179,6 +186,15 @@ def test_the_three_ways_are_named_where_none_leads_anywhere(monkeypatch, tmp_pat
     assert find_pretrained("owner/name") == tmp_path == find_pretrained(tmp_path)
     with pytest.raises(InputError, match="holds no weights"):
         load_recformer("owner/name")
+
+
+def test_shards_and_dense_layers_are_fetched_and_other_formats_are_not():
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["2_Dense/model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+              "modules.json", "pytorch_model.bin", "vocab.txt"]  # fmt: skip
+    offered = [*wanted, "onnx/model.onnx", "rust_model.ot", "tf_model.h5", "README.md"]
+    assert list(filter_repo_objects(offered, allow_patterns=HUB_FILES)) == wanted
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from training.text_sets import brand_set
+from transformers import PreTrainedTokenizerFast
 
 from textrec.data.histories import Split
 from textrec.data.item_text import item_attributes, item_texts
@@ -143,6 +146,19 @@ def test_a_user_of_one_item_is_that_item_but_not_as_published(folder, texts, pre
     read = encoder.model.tokenizer(texts[:5])["input_ids"]
     assert all(ours.tolist() == theirs for ours, theirs in zip(plain, read, strict=True))
     assert all(len(b) > len(a) for a, b in zip(plain, twice, strict=True))
+
+
+def test_the_published_arm_reads_pieces_as_the_published_code_gives_them_as_words():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    known = ["[UNK]", "#", "paint", "##ing", "title", "##paint", *letters, *(f"##{letter}" for letter in letters)]
+    pieces = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(known)}, unk_token="[UNK]"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]")
+    attributes = pandas.DataFrame({"title": ["Painting set", "an " * 40], "brand": ["Kzogg", "Zor-2"]})
+    for text, row in zip(respelled(attributes, tokenizer), attributes.to_dict("records"), strict=True):
+        words = [each for name, value in row.items() for each in tokenizer.tokenize(f"{name}{value}")[:32]]
+        published = tokenizer(words, is_split_into_words=True)["input_ids"]
+        assert tokenizer(text)["input_ids"] == published != tokenizer.convert_tokens_to_ids(words)
 
 
 def test_without_a_prompt_the_prompted_rows_say_so(folder, prepared, tmp_path):

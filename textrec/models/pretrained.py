@@ -22,7 +22,7 @@ from textrec.schema import InputError
 
 MINILM = ("minilm", "all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHT_FILES]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", WEIGHT_FILES[1]]  # shards and dense layers among them
 
 PREFIX = re.compile(r"^(?:_forward_module\.)?(?:model\.)?(?:(?:longformer|bert|roberta|xlm_roberta)\.)?")
 RENAMED = [

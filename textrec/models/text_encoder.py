@@ -20,7 +20,7 @@ from textrec.models.pretrained import find_pretrained
 from textrec.models.sequence_model import Layout, SequenceModel, newest
 from textrec.schema import PADDING_ID, InputError
 
-POOLINGS = ("own", "first", "mean", "pooler")
+POOLINGS = ("own", "first", "mean", "last", "pooler")
 USERS = ("mean", "recency_weighted", "last_item")
 
 
@@ -101,6 +101,7 @@ class TextEncoder(nn.Module):
             mask_BL1 = features["attention_mask"][:, :, None].to(read.last_hidden_state)
             vectors_BD = {
                 "first": lambda: read.last_hidden_state[:, 0], "pooler": lambda: read.pooler_output,
+                "last": lambda: read.last_hidden_state[range(len(lengths_B)), lengths_B - 1],
                 "mean": lambda: (read.last_hidden_state * mask_BL1).sum(1) / mask_BL1.sum(1).clamp_min(1),
             }[pooling]()  # fmt: skip
         return F.normalize(vectors_BD.float(), dim=1).cpu().numpy()
