@@ -65,13 +65,14 @@ def test_states_and_gradients_equal_the_librarys(window, lengths, path):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("lengths", [[65], [5, 1, 90, 200, 33]], ids=str)
-def test_flex_attention_gives_the_same_states(lengths):
+@pytest.mark.parametrize("window", [8, 64])
+@pytest.mark.parametrize("lengths", BATCHES, ids=str)
+def test_flex_attention_gives_the_same_states(window, lengths):
     """On the CPU it has no backward pass; `tests/gpu/test_attention.py` has the gradients."""
-    hidden_BLD, real_BL, lengths_B, mixed_TD, *_ = expected(8, tuple(lengths))
-    _, ours = pair(8)
+    hidden_BLD, real_BL, lengths_B, mixed_TD, *_ = expected(window, tuple(lengths))
+    _, ours = pair(window)
     with torch.no_grad():
-        states_TD = ours(hidden_BLD[real_BL], BandLayout.of(lengths_B, 8, HEADS, "flex"))
+        states_TD = ours(hidden_BLD[real_BL], BandLayout.of(lengths_B, window, HEADS, "flex"))
     assert worst([states_TD], [mixed_TD]) < 1e-5
 
 

@@ -6,8 +6,10 @@ real tokens of B sequences, one sequence after the other. Projections run on tho
 
 Three exact paths. *dense*: one block per sequence. *blocked*: every sequence is cut into blocks, and a block's keys are
 its own, half a window on either side, and a copy of the first token's. *flex*: FlexAttention over the packed
-tokens, CUDA, no dropout. Deviates from transformers' Longformer in cost alone: the global key and value projections
-are folded into the one query and the one mixture that need them, which saves two (T, D) x (D, D) products.
+tokens, CUDA. It has no dropout on attention weights, which training has by default, and on a CPU no backward pass:
+`auto` never takes it, it is chosen by hand. Deviates from transformers' Longformer in cost alone: the global key and
+value projections are folded into the one query and the one mixture that need them, which saves two (T, D) x (D, D)
+products.
 
 M blocks · S tokens of a block · R rows a block keeps of keys and values · K keys a block sees
 """
