@@ -86,7 +86,7 @@ def test_texts_are_cut_to_the_limit_and_prompts_given_replace_those_of_the_folde
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"max_tokens": 49}, "3 to 48"), ({"pooling": "last"}, "pooling='last'"), ({"dtype": "int8"}, "dtype='int8'")],
+    [({"max_tokens": 49}, "3 to 48"), ({"pooling": "max"}, "pooling='max'"), ({"dtype": "int8"}, "dtype='int8'")],
 )
 def test_a_wrong_setting_is_one_sentence(folder, settings, said):
     with pytest.raises(InputError, match=said):
