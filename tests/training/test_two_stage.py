@@ -175,6 +175,34 @@ def test_without_two_stages_the_table_is_that_of_the_start(texts, tmp_path):
         run(texts, tmp_path, replace(TRAINING, freeze=("words",)))
 
 
+@pytest.mark.parametrize("num_negatives", [0, 20])
+def test_item_vectors_may_be_trained_on_and_are_unit_vectors(texts, tmp_path, monkeypatch, num_negatives):
+    settings = {"stages": (2,), "freeze": ("word_table",), "train_items": True, "num_negatives": num_negatives}
+    training = replace(TRAINING, max_epochs=2, learning_rate=1e-2, **settings)
+    result, before = run(texts, tmp_path / "whole", training), item_table(start(), texts)
+    assert (result.items_ID[1:] - before[1:]).norm(dim=1).max() > 1e-2  # more than rounding: trained
+    torch.testing.assert_close(result.items_ID[1:].norm(dim=1), torch.ones(len(before) - 1))
+    assert not result.items_ID[0].any() and not torch.equal(result.items_ID, item_table(result.model, texts))
+    fixed = run(texts, tmp_path / "fixed", replace(training, train_items=False))
+    assert torch.equal(fixed.items_ID, before)
+    last = [each.curve[1]["train_loss"] for each in (result, fixed)]
+    assert last[0] < last[1] if num_negatives == 0 else last[0] != last[1]  # sampled losses are too noisy to compare
+
+    saves, real_save = [], module.SaveLast.on_train_epoch_end
+
+    def save_once(self, trainer, network):
+        if saves:
+            raise KeyboardInterrupt
+        saves.append(self.path)
+        real_save(self, trainer, network)
+
+    monkeypatch.setattr(module.SaveLast, "on_train_epoch_end", save_once)
+    with pytest.raises(BaseException):  # noqa: B017
+        run(texts, tmp_path / "killed", training)
+    monkeypatch.undo()
+    assert torch.equal(run(texts, tmp_path / "killed", training).items_ID, result.items_ID)
+
+
 def test_adapters_go_on_in_stage_two_and_the_model_found_is_a_plain_one(texts, tmp_path, monkeypatch):
     Watched(monkeypatch, [0.1, 0.2, 0.3, 0.4])
     adapters = {"targets": "attn_global", "rank": 2, "train_also": ["type_table"]}
@@ -259,7 +287,8 @@ def test_mixed_precision_is_close_to_fp32_and_its_loss_is_fp32(texts, tmp_path, 
 
 
 @pytest.mark.parametrize("settings", [{"train_share": 0.0}, {"stages": (2, 1)}, {"evaluate_every": 0},
-                                      {"shared_schedule": True, "strategy": "fsdp"}])  # fmt: skip
+                                      {"shared_schedule": True, "strategy": "fsdp"}, {"train_items": True},
+                                      {"train_items": True, "stages": (2,), "strategy": "fsdp"}])  # fmt: skip
 def test_settings_without_sense_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
         replace(TRAINING, **settings)

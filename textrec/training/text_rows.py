@@ -77,6 +77,13 @@ TEXT_ROWS = {
     "no_two_stage_frozen_words": TextRow(
         "items of the pretrained model and word table, frozen", settings={"stages": (2,), "freeze": ("word_table",)}
     ),
+    "no_two_stage_trained_items": TextRow(
+        "items of the pretrained model, trained on as vectors", settings={"stages": (2,), "train_items": True}
+    ),
+    "no_two_stage_trained_items_frozen_words": TextRow(
+        "items of the pretrained model, trained on as vectors; word table frozen",
+        settings={"stages": (2,), "train_items": True, "freeze": ("word_table",)},
+    ),
     "stage_one_alone": TextRow("no second stage", settings={"stages": (1,)}),
     "frozen_words": TextRow("word table frozen", settings={"freeze": ("word_table",)}),
     "frozen_encoder": TextRow("words and norms trained alone", settings={"freeze": ENCODER}),
@@ -164,7 +171,7 @@ def _config(row: str, overrides: Mapping) -> TwoStageConfig | None:
 
 
 def trained_parameters(row: str, start: RecFormer, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> int:
-    """Return how many numbers the training of a row changes; 0 for an untrained one."""
+    """Return how many numbers of the encoder the training of a row changes; 0 for an untrained one."""
     training, place = _config(row, overrides or {}), TEXT_ROWS[row].start
     if training is None:
         return 0

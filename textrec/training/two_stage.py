@@ -63,6 +63,7 @@ class TwoStageConfig:
     num_negatives: int = 0  # uniform ones, with the logQ correction; 0: the softmax over all items
     adapters: AdapterConfig | None = None  # also given as a mapping; they and their `train_also` alone are trained
     freeze: tuple[str, ...] = ()  # parts that are not trained, e.g. word_table, blocks.*.attention
+    train_items: bool = False  # the table is a parameter that begins as the pretrained model's: table 4, (3) and (4)
     switched_off: tuple[str, ...] = ()  # tables set to zero and kept there, e.g. item_position_table, type_table
     train_share: float = 1.0  # of the users with training interactions; a smaller share is part of a larger one
     empty_histories: bool = False  # the first item of a history may be the target, too
@@ -84,8 +85,11 @@ class TwoStageConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if not 0 < self.train_share <= 1:
             raise ValueError(f"train_share={self.train_share}: expected more than 0 and at most 1")
-        if self.shared_schedule and self.strategy not in ("auto", "ddp"):
-            raise ValueError(f"shared_schedule=True with strategy={self.strategy!r}: expected 'auto' or 'ddp'")
+        for name in ("shared_schedule", "train_items"):
+            if getattr(self, name) and self.strategy not in ("auto", "ddp"):
+                raise ValueError(f"{name}=True with strategy={self.strategy!r}: expected 'auto' or 'ddp'")
+        if self.train_items and self.stages != (2,):
+            raise ValueError(f"train_items=True with stages={self.stages}: expected (2,), stage 1 encodes its table")
 
 
 @dataclass
@@ -122,18 +126,23 @@ class Stage:
 
 
 class TwoStageModule(DistributedModule):
-    """Softmax over cosines with the fixed item table `items_ID` (unit vectors, row 0 padding)."""
+    """Softmax over cosines with the item table `items_ID`: unit vectors, row 0 padding, fixed or from `trained_ID`."""
 
     items_ID: Tensor
 
     def __init__(
         self, model: nn.Module, training: TwoStageConfig, seed: int, stage: int, total_steps: int,
-        carried: tuple[int, dict | None],
+        carried: tuple[int, dict | None], trained_ID: Tensor | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.trained_ID = None if trained_ID is None else nn.Parameter(trained_ID.clone())
         self.model, self.training_config, self.seed, self.stage = model.train(), training, seed, stage
         self.total_steps, self.carried = total_steps, carried  # steps and optimizer state of an earlier stage
         self.start_counting()
+
+    def table(self) -> Tensor:
+        """Return the unit vectors (I, D) of the items; row 0, padding, is zero."""
+        return self.items_ID if self.trained_ID is None else F.normalize(self.trained_ID, dim=-1, eps=1e-8)
 
     def start_counting(self) -> None:
         """Set the sums of an epoch to zero: losses, targets, real tokens."""
@@ -153,13 +162,14 @@ class TwoStageModule(DistributedModule):
         return self.mean_over_step(total, batch["rows_in_step"])
 
     def _loss(self, users_BD: Tensor, targets_B: Tensor, where: tuple[int, int, int]) -> Tensor:
-        num_items, num_negatives = len(self.items_ID) - 1, self.training_config.num_negatives
+        items_ID, num_negatives = self.table(), self.training_config.num_negatives
         if not num_negatives:
-            return losses.full_softmax(users_BD, self.items_ID, targets_B)
+            return losses.full_softmax(users_BD, items_ID, targets_B)
+        num_items = len(items_ID) - 1
         source = torch.Generator(users_BD.device).manual_seed(derive_seed(self.seed, "negatives", *where))
         negatives = torch.randint(1, num_items + 1, (num_negatives,), generator=source, device=users_BD.device)
         expected = losses.uniform_log_probability(num_items, num_negatives, users_BD.device)
-        return losses.sampled_softmax(users_BD, self.items_ID, targets_B, negatives, expected)
+        return losses.sampled_softmax(users_BD, items_ID, targets_B, negatives, expected)
 
     def configure_optimizers(self):
         """AdamW, warm-up and a linear decay to zero at the end of the stage, or of both."""
@@ -209,6 +219,7 @@ class StageMonitor(Callback):
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch = trainer.current_epoch
+        module.items_ID = self.items_ID = module.table().detach()
         loss, num_targets, tokens = sum_over_processes(trainer, *module.sums.tolist())
         entry = {"stage": self.stage.number, "epoch": epoch, "train_loss": loss / num_targets}
         if self.stage.evaluates(epoch):
@@ -386,7 +397,8 @@ def _run_stage(
         if not len(batches):
             raise InputError(f"{len(examples)} users have training histories: too few for {world_size} processes")
         total_steps = len(batches) * training.max_epochs
-        module = TwoStageModule(model, training, examples.seed, monitor.stage.number, total_steps, carried)
+        trained_ID = monitor.items_ID if training.train_items else None
+        module = TwoStageModule(model, training, examples.seed, monitor.stage.number, total_steps, carried, trained_ID)
         resumes = last.is_file() or (last / "latest").is_file()
         loader = ExampleBatches(examples, batches)
         trainer.fit(module, loader, ckpt_path=str(last) if resumes else None, weights_only=True)
