@@ -39,7 +39,8 @@ def close(one: list[dict], two: list[dict], names: tuple[str, ...]) -> None:
     assert len(one) == len(two)
     for name in names:
         within = 1e-4 if "loss" in name or "contrast" in name or "mlm" in name else 0.05
-        assert [e.get(name) for e in one] == pytest.approx([e.get(name) for e in two], rel=1e-4, abs=within), name
+        values = [[entry.get(name, 0.0) for entry in curve] for curve in (one, two)]  # not every epoch is validated
+        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=within), name
 
 
 @pytest.mark.slow
@@ -55,8 +56,14 @@ def test_two_processes_train_what_one_does(sets, tmp_path):
     close(one.curve[1:], two.curve[1:], ("train_contrast", "train_mlm", "train_in_batch"))
     close(one.curve[::2], two.curve[::2], ("in_batch", "validation_contrast", "ndcg@10"))
     assert one.tokens == two.tokens
-    two = two_stage_in_processes(encoder, sets[0], FINETUNING, seed=0, folder=tmp_path / "both", devices=2)
-    one = two_stage(encoder, sets[0], FINETUNING, seed=0, folder=tmp_path / "alone")
+    once = replace(FINETUNING, evaluate_every=2)  # no choice between epochs that are near-ties
+    two = two_stage_in_processes(encoder, sets[0], once, seed=0, folder=tmp_path / "both", devices=2)
+    one = two_stage(encoder, sets[0], once, seed=0, folder=tmp_path / "alone")
+    close(one.curve, two.curve, ("train_loss", "ndcg@10"))
+    torch.testing.assert_close(one.items_ID, two.items_ID, rtol=0, atol=1e-4)
+    trained = replace(FINETUNING, stages=(2,), max_epochs=1, train_items=True)
+    two = two_stage_in_processes(encoder, sets[0], trained, seed=0, folder=tmp_path / "both_items", devices=2)
+    one = two_stage(encoder, sets[0], trained, seed=0, folder=tmp_path / "own_items")
     close(one.curve, two.curve, ("train_loss", "ndcg@10"))
     torch.testing.assert_close(one.items_ID, two.items_ID, rtol=0, atol=1e-4)
 

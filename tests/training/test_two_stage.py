@@ -16,6 +16,7 @@ from textrec.models.recformer import RecFormer
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
 from textrec.training import two_stage as module
+from textrec.training.consolidation import convert
 from textrec.training.text_ranking import TextSet, item_table, text_ranks
 from textrec.training.two_stage import FAITHFUL, Stage, TwoStageConfig, load_pair, training_ends, two_stage
 
@@ -183,6 +184,8 @@ def test_item_vectors_may_be_trained_on_and_are_unit_vectors(texts, tmp_path, mo
     assert (result.items_ID[1:] - before[1:]).norm(dim=1).max() > 1e-2  # more than rounding: trained
     torch.testing.assert_close(result.items_ID[1:].norm(dim=1), torch.ones(len(before) - 1))
     assert not result.items_ID[0].any() and not torch.equal(result.items_ID, item_table(result.model, texts))
+    convert(tmp_path / "whole" / "stage2" / "last.ckpt", tmp_path / "converted")  # the encoder alone
+    assert RecFormer.from_pretrained(tmp_path / "converted").state_dict().keys() == result.model.state_dict().keys()
     fixed = run(texts, tmp_path / "fixed", replace(training, train_items=False))
     assert torch.equal(fixed.items_ID, before)
     last = [each.curve[1]["train_loss"] for each in (result, fixed)]

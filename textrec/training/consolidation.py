@@ -85,6 +85,7 @@ def _read_model(path: Path, like: Path | None):
     if published:
         return load_recformer(path)
     weights, rest = _weights_and_rest(path)
+    weights.pop("trained_ID", None)  # the item vectors of a finetuning, which are no part of its encoder
     identities = [state["identity"] for state in rest.get("callbacks", {}).values() if "identity" in state]
     if "word_table.weight" in weights or "encoder.word_table.weight" in weights:
         kind = RecFormer if "word_table.weight" in weights else RecFormerForPretraining
