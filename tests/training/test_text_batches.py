@@ -68,6 +68,22 @@ def test_contrast_batches_are_those_of_any_number_of_processes_and_of_any_round(
         ContrastBatches(examples, 32, 6, 0, 0, 1)
 
 
+def test_negatives_may_be_those_of_one_set_alone(sets):
+    tokens, histories, ends_U = joined(sets)
+    examples = PretrainingExamples(item_tokens=tokens, histories=histories, ends_U=ends_U, special=sets[0].special,
+                                   seed=0)  # fmt: skip
+
+    def of_first(*first_users):  # 240 items are the first set's, 10 of the users
+        batches = ContrastBatches(examples, 5, 40, 0, 0, 1, *first_users)
+        return {sum(item <= 240 for item in batch) for batch in targets(batches)}
+
+    assert of_first([0, 10]) == {0, 5} and len(of_first()) > 2
+    one_pass = ContrastBatches(examples, 5, 4, 0, 0, 1, [0, 10])._pass(np.random.default_rng(0)).ravel().tolist()
+    assert len(set(one_pass)) == 20 and set(range(10)) < set(one_pass)
+    with pytest.raises(InputError, match="at most the 10 sequences"):
+        ContrastBatches(examples, 11, 6, 0, 0, 1, [0, 10])
+
+
 def test_every_user_has_one_example_an_epoch_and_parts_divide_a_step(sets):
     each = sets[0]
     examples = FinetuningExamples(

@@ -32,6 +32,7 @@ from textrec.training.trainer import LOGGER, SaveLast, loggers_of, quiet_lightni
 
 FAITHFUL = {"mask_duplicates": False, "faithful_masking": True}  # the published code's habits
 NEW_TABLES = ("type_table", "item_position_table")  # which no language model brings
+YOUNGER = ("adapters", "one_set_batches")  # settings that checkpoints of before do not name
 SELECTIONS = ("in_batch", "zero_shot", "last")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16, dense, of the SXM cards
 
@@ -51,6 +52,7 @@ class PretrainingConfig:
     gradient_clip: float | None = 1.0  # global norm
     mlm_weight: float = 0.1  # of the masked words of either view
     mask_share: float = 0.15
+    one_set_batches: bool = False  # negatives of one's own set alone; else, as published, of all sets
     mask_duplicates: bool = True  # copies of one's own target are no negatives
     faithful_masking: bool = False  # see `mask_words`
     freeze_word_table: bool = True  # as the published script does
@@ -272,8 +274,8 @@ def pretrain(
     """
     folder = Path(folder)
     _refuse_leaks(sets, training, held_out, zero_shot)
-    # earlier checkpoints know of no adapters, and go on where there are none
-    told = {name: value for name, value in asdict(training).items() if name != "adapters" or value}
+    # earlier checkpoints do not know these, and go on where there are none
+    told = {name: value for name, value in asdict(training).items() if name not in YOUNGER or value}
     identity = {
         "sets": [each.identity for each in sets], "held_out": held_out.identity,
         "zero_shot": zero_shot and zero_shot.identity, "model": asdict(model.config), "training": told,
@@ -299,9 +301,11 @@ def pretrain(
             enable_progress_bar=progress, logger=loggers_of(folder), log_every_n_steps=1,
         )  # fmt: skip
         examples = _examples(sets, model.config, training, seed)
+        first_users = np.cumsum([0] + [each.prepared.histories.num_users for each in sets[:-1]])
         batches = ContrastBatches(
             examples, training.batch_size // training.accumulate, training.round_steps * training.accumulate, seed,
             trainer.global_rank, trainer.world_size,
+            first_users if training.one_set_batches else (0,),
         )  # fmt: skip
         if trainer.is_global_zero:
             save_tokenizer(sets[0].tokenizer, folder / "model")

@@ -47,13 +47,21 @@ def _chained(offsets: Sequence[np.ndarray], skipped: int) -> np.ndarray:
 
 
 class ContrastBatches:
-    """The contrast batches of a round, this process's rows of each; the last incomplete one of a pass is left out."""
+    """The contrast batches of a round, this process's rows of each; incomplete ones at the end of a pass are left out.
 
-    def __init__(self, examples: PretrainingExamples, size: int, per_round: int, seed: int, rank: int, world_size: int):
-        if size % world_size or len(examples) < size:
+    `first_users` (S,): where the users of each joined set begin; a batch then holds sequences of one set alone.
+    """
+
+    def __init__(
+        self, examples: PretrainingExamples, size: int, per_round: int, seed: int, rank: int, world_size: int,
+        first_users: Sequence[int] = (0,),
+    ):  # fmt: skip
+        self.sets = np.split(np.arange(len(examples)), np.searchsorted(examples.users, first_users[1:]))
+        fewest = min(map(len, self.sets))
+        if size % world_size or fewest < size:
             raise InputError(
                 f"batch_size / accumulate = {size}: expected a multiple of the {world_size} processes, and at most the "
-                f"{len(examples)} sequences of two items or more"
+                f"{fewest} sequences of two items or more"
             )
         self.examples, self.size, self.per_round, self.seed = examples, size, per_round, seed
         self.rank, self.world_size, self.round = rank, world_size, 0
@@ -66,13 +74,19 @@ class ContrastBatches:
         return self.per_round
 
     def __iter__(self) -> Iterator[dict]:
-        per_pass, drawn = len(self.examples) // self.size, -1
+        per_pass, drawn = sum(len(rows) // self.size for rows in self.sets), -1
         for step in range(self.round * self.per_round, (self.round + 1) * self.per_round):
             passed, place = divmod(step, per_pass)
             if passed != drawn:
-                order, drawn = generator(self.seed, "shuffle", passed).permutation(len(self.examples)), passed
-            rows = order[place * self.size : (place + 1) * self.size][self.rank :: self.world_size]
+                batches, drawn = self._pass(generator(self.seed, "shuffle", passed)), passed
+            rows = batches[place][self.rank :: self.world_size]
             yield default_convert(self.examples[passed, step, rows]) | {"step": step}
+
+    def _pass(self, source: np.random.Generator) -> np.ndarray:
+        """Return the rows of all batches of one pass over the sequences, (batches, size)."""
+        shuffled = [rows[source.permutation(len(rows))][: len(rows) // self.size * self.size] for rows in self.sets]
+        batches = np.concatenate(shuffled).reshape(-1, self.size)
+        return batches if len(self.sets) == 1 else source.permutation(batches)
 
 
 class ExampleBatches:
