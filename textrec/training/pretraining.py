@@ -229,7 +229,8 @@ class PretrainingMonitor(Callback):
         rank, world_size, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
         total = torch.zeros(len(SUMS), dtype=torch.float64)
         for batch in self.held_out[rank::world_size]:
-            sums = pretraining_sums(model, trainer.strategy.batch_to_device(batch, device), gather=False)
+            batch = trainer.strategy.batch_to_device(batch, device)
+            sums = pretraining_sums(model, batch, gather=False, masked_words=bool(self.training.mlm_weight))
             total += torch.stack([value.double().cpu() for value in sums.values()])
         summed = dict(zip(SUMS, sum_over_processes(trainer, *total.tolist()), strict=True))
         found = {"in_batch": summed["correct"] / summed["rows"]} | _means(summed, "validation_")
