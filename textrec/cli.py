@@ -301,7 +301,6 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="The new folder of the model; with --to, where <set>/ is written.")],
     to: Annotated[Format | None, typer.Option(help="RecBole's atomic files or RecFormer's finetuning folder.")] = None,
     like: Annotated[Path | None, typer.Option(help="A saved sequence model of that shape, if none is beside.")] = None,
-    encoder: Annotated[bool, typer.Option(help="Keep a pretrained model's encoder alone, in half precision.")] = False,
     raw: RawOption = None,
 ) -> None:
     """Write a checkpoint as a model folder, or with --to a set in another project's format.
@@ -313,15 +312,8 @@ def convert(
     Examples:
       textrec convert pretraining/last.ckpt pretrained
       textrec convert longformer-base-4096 start
-      textrec convert pretrained small --encoder
       textrec convert amazon-2018-scientific export --to recbole_atomic
     """
-    if encoder:
-        from textrec.training.backbones import save_encoder
-
-        save_encoder(Path(source), folder)
-        typer.echo(f"wrote {folder}")
-        return
     if to is None:
         from textrec.training.consolidation import convert as convert_checkpoint
 

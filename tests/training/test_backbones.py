@@ -4,13 +4,12 @@ import pandas
 import pytest
 import torch
 
-from textrec.cli import main
 from textrec.data.tokenizing import SpecialTokens, train_tokenizer
 from textrec.models.pretrained import load_recformer
 from textrec.models.recformer import PRESETS, RecFormerForPretraining
 from textrec.schema import InputError
 from textrec.seeding import seed_everything
-from textrec.training.backbones import pretrained_encoder, save_encoder, saved_tokenizer, start_of, tokenizer_of
+from textrec.training.backbones import saved_tokenizer, start_of, tokenizer_of
 
 TEXTS = pandas.DataFrame({"item": ["a", "b"], "title": ["green kettle", "red kettle"], "brand": ["Zor", None]})
 UNTITLED = pandas.DataFrame({"item": ["c"], "title": ["amber teapot"]})  # a catalogue with fewer attributes
@@ -42,31 +41,6 @@ def test_a_random_start_is_its_preset_with_the_tokenizers_sizes_and_the_changes(
     seed_everything(3)
     same = RecFormerForPretraining(model.config)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), same.parameters(), strict=True))
-
-
-def test_the_encoder_kept_alone_is_the_pretrained_one_in_half_precision(tmp_path, monkeypatch):
-    tokenizer = train_tokenizer(TEXTS[["title"]], 300)
-    whole = start_of("random", {"preset": "tiny"}, tokenizer)
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(InputError, match="expected the one that `textrec run 02` leaves there"):
-        save_encoder(tmp_path / "whole", tmp_path / "kept")  # without its tokenizer
-    tokenizer.save(str(tmp_path / "whole" / "tokenizer.json"))
-    places = [str(tmp_path / name) for name in ("whole", "kept")]
-    monkeypatch.setattr("sys.argv", ["textrec", "convert", *places, "--encoder"])
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    assert saved_tokenizer(tmp_path / "kept").to_str() == tokenizer.to_str()
-    one, other = (pretrained_encoder(tmp_path / name) for name in ("whole", "kept"))
-    assert one.config == other.config == whole.config
-    for name, weight in one.state_dict().items():
-        kept = other.state_dict()[name]
-        assert kept.dtype == torch.float32 and torch.equal(kept, weight.half().float())
-    halves = sum(weight.numel() for weight in one.state_dict().values()) * 2
-    assert (tmp_path / "kept" / "model.safetensors").stat().st_size < 1.1 * halves
-    with pytest.raises(InputError, match="kept exists: expected the name of a new folder"):
-        save_encoder(tmp_path / "whole", tmp_path / "kept")
-    with pytest.raises(InputError, match="config.json is missing"):
-        pretrained_encoder(tmp_path)
 
 
 def test_minilm_starts_from_its_weights_with_its_own_tokenizer():

@@ -1,6 +1,5 @@
 """What a RecFormer's training starts from: a tokenizer, and a model with random or pretrained weights that fits it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes
-from textrec.data.storage import staged_folder
 from textrec.data.tokenizing import SpecialTokens, train_tokenizer
 from textrec.models.pretrained import find_pretrained, load_recformer
-from textrec.models.recformer import PRESETS, RecFormer, RecFormerConfig, RecFormerForPretraining
+from textrec.models.recformer import PRESETS, RecFormerConfig, RecFormerForPretraining
 from textrec.schema import InputError
 
 if TYPE_CHECKING:
@@ -40,26 +38,6 @@ def saved_tokenizer(folder: Path) -> Any:
     if not (path := Path(folder) / "tokenizer.json").is_file():
         raise InputError(f"{folder} holds no pretrained model: expected the one that `textrec run 02` leaves there")
     return Tokenizer.from_file(str(path))
-
-
-def pretrained_encoder(folder: Path) -> RecFormer:
-    """Return the encoder of a model that notebook 02 left, whole or as `save_encoder` keeps it, in fp32."""
-    config = Path(folder) / "config.json"
-    alone = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == RecFormer.__name__
-    return RecFormer.from_pretrained(folder) if alone else RecFormerForPretraining.from_pretrained(folder).encoder
-
-
-def save_encoder(source: Path, folder: Path) -> None:
-    """Write the encoder of a pretrained model alone, in half precision, and its tokenizer: what a finetuning needs.
-
-    Raises `InputError` where `folder` exists, or where `source` holds no such model.
-    """
-    encoder, tokenizer = pretrained_encoder(source).half(), saved_tokenizer(source)
-    if Path(folder).exists():
-        raise InputError(f"{folder} exists: expected the name of a new folder")
-    with staged_folder(Path(folder)) as partial:
-        encoder.save_pretrained(partial)
-        tokenizer.save(str(partial / "tokenizer.json"))
 
 
 def start_of(backbone: str, encoder: Mapping[str, Any], tokenizer: Any) -> RecFormerForPretraining:
