@@ -71,6 +71,12 @@ def test_each_panel_shows_its_curves_chance_and_the_kept_step_and_unknown_peaks_
     assert list(shown.lines[0].get_ydata()) == [0.3] * 4
 
 
+def test_masked_words_that_were_not_asked_for_have_no_panel():
+    titles = [[axes.get_title(loc="left") for axes in text_figures.plot_pretraining(data(**changes)).axes]
+              for changes in ({}, {"mlm_weight": 0.0})]  # fmt: skip
+    assert [title for title in titles[0] if not title.startswith("masked words")] == titles[1] != titles[0]
+
+
 def test_a_figure_without_a_zero_shot_set_is_drawn_and_saved(tmp_path):
     blind = [{key: value for key, value in line.items() if key != "ndcg@10"} for line in CURVE]
     run = types.SimpleNamespace(scale="laptop", label="02-mini", seed=0, state=("0123456789", False))

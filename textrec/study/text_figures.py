@@ -50,6 +50,8 @@ def pretraining_data(curve: Sequence[Mapping], training, num_items: int, vocabul
     `training` is the `PretrainingConfig`; `num_items` are the candidates of the zero-shot set.
     """
     rule = {"in_batch": "in_batch", "zero_shot": "ndcg@10", "last": "step"}[training.select_by]
+    if not training.mlm_weight:  # nothing was asked of masked words
+        curve = [{name: value for name, value in entry.items() if not name.endswith("mlm")} for entry in curve]
     validated = [entry for entry in curve if "in_batch" in entry]
     train, held_out = training.batch_size // training.accumulate, training.validation_batch
     guess = Counts(np.array([0]), np.array([num_items - 1]), np.array([num_items]))  # all tie
@@ -74,7 +76,9 @@ def plot_pretraining(data: Mapping):
         ("tokens_per_s", None, "real tokens per second"),
         ("peak_share", None, "share of the device's peak"),
     ]
-    layout = "AB;CD;EF" if any(entry.get("peak_share") for entry in data["curve"]) else "AB;CD;EE"
+    masked, peak = (any(entry.get(name) for entry in data["curve"]) for name in ("validation_mlm", "peak_share"))
+    panels = [panel for panel in panels if masked or panel[1] != "validation_mlm"]
+    layout = f"AB;{'CD' if masked else 'CC'};{'EF' if peak else 'EE'}"
     with house_style():
         figure, grid = plt.subplot_mosaic(layout, figsize=(WIDTH, 6.4), height_ratios=[1, 1, 0.7])
         for axes, (trained, watched, title) in zip(grid.values(), panels, strict=False):
