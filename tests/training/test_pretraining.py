@@ -113,6 +113,17 @@ def test_settings_that_do_not_divide_are_refused():
     assert PretrainingConfig(max_steps=1000).max_epochs == 2
 
 
+def test_a_misspelt_setting_and_a_wrong_value_get_one_sentence():
+    for settings, told in (
+        ({"max_step": 8}, "pretraining sets 'max_step', which is no setting of it .did you mean 'max_steps'"),
+        ({"select_by": "best"}, "pretraining: select_by='best': expected one of"),
+        ({"adapters": {"ranks": 2}}, "pretraining: .*'ranks'"),
+    ):
+        with pytest.raises(InputError, match=told):
+            PretrainingConfig.of(settings)
+    assert PretrainingConfig.of({"adam_betas": [0.9, 0.98]}) == PretrainingConfig(adam_betas=(0.9, 0.98))
+
+
 def test_the_published_run_has_the_published_habits():
     """The paper's parameters spell out `FAITHFUL`."""
     given = yaml.safe_load((ROOT / "papermill_runs/parameters/paper/02.yaml").read_text())["pretraining"]

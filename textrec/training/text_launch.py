@@ -42,7 +42,7 @@ def pretrain_here(
     start = Path(folder) / "start"
     found = pretrain(
         RecFormerForPretraining.from_pretrained(start), [_text_set(each, start) for each in sets],
-        PretrainingConfig(**_with_tuples(training)), seed=seed, folder=Path(folder), device=device, devices=devices,
+        PretrainingConfig.of(training), seed=seed, folder=Path(folder), device=device, devices=devices,
         num_nodes=num_nodes, held_out=_text_set(held_out, start),
         zero_shot=_text_set(zero_shot, start) if zero_shot else None,
     )  # fmt: skip
