@@ -51,6 +51,22 @@ def test_rows_are_run_once_and_read_back(texts, start, tmp_path, monkeypatch):
     assert again["no_two_stage"].curve == trained.curve and again["zero_shot"].cost == results["zero_shot"].cost
 
 
+def test_a_test_in_half_precision_changes_the_test_alone_and_tells_of_it(texts, start, tmp_path):
+    rows, given = ["zero_shot", "no_two_stage"], {"seed": 0, "overrides": BRIEF}
+    whole = run_text_rows(rows, texts, start, run_dir=tmp_path / "whole", **given)
+    half = run_text_rows(rows, texts, start, run_dir=tmp_path / "half", test_precision="bf16", **given)
+    for one, other in zip(whole, half, strict=True):
+        assert other.parameters == one.parameters | {"test_precision": "bf16"}
+        losses = [[entry.get("ndcg@10"), entry["train_loss"]] for entry in one.curve]
+        assert losses == [[entry.get("ndcg@10"), entry["train_loss"]] for entry in other.curve]
+        moved = one.ranks.kept.higher_U - other.ranks.kept.higher_U
+        assert moved.any() and abs(moved).mean() < 0.05 * texts.prepared.num_items
+    coarse, exact = (item_table(encoder, texts) for encoder in (text_rows.HalfPrecision(start), start))
+    assert coarse.dtype == torch.float32 and 0 < (1 - (coarse * exact).sum(1)[1:]).max() < 1e-3
+    with pytest.raises(InputError, match="test_precision is 'bf17'; expected '32' or 'bf16'"):
+        run_text_rows(rows, texts, start, run_dir=tmp_path, test_precision="bf17", **given)
+
+
 def test_a_language_model_is_tested_as_it_was_before_pretraining(texts, start, tmp_path, monkeypatch):
     torch.manual_seed(8)
     rows, before, other = ["language_model", "language_model_two_stage"], RecFormer(SMALL).eval(), RecFormer(SMALL)
