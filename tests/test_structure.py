@@ -11,7 +11,7 @@ import pytest
 from textrec.paths import ROOT
 
 PACKAGE = sorted((ROOT / "textrec").rglob("*.py"))
-FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 12_950  # non-blank
+FILE_LINES, FUNCTION_LINES, PACKAGE_LINES = 350, 60, 13_000  # non-blank
 
 # constants only: nothing to test that would not be typed twice
 NO_TEST_OF_ITS_OWN = {"textrec/schema.py", "textrec/paths.py"}

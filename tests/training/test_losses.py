@@ -57,6 +57,27 @@ def test_full_softmax_has_the_gradient_of_its_value(tensors):
     assert torch.autograd.gradcheck(lambda h, e: 3 * losses.full_softmax(h, e, targets_T[:5]), (few_TD, items_ID))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_full_softmax_under_autocast_rounds_its_products_and_nothing_else(tensors, block_numbers, frozen):
+    hidden_TD, items_ID, targets_T = (each.detach().float() if each.is_floating_point() else each for each in tensors)
+    hidden_TD.requires_grad_()
+    items_ID.requires_grad_(not frozen)
+    inputs = (hidden_TD,) if frozen else (hidden_TD, items_ID)
+    results = []
+    for kind in (None, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", kind or torch.bfloat16, enabled=kind is not None):
+            value = losses.full_softmax(hidden_TD, items_ID, targets_T)
+        results.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    exact, half, rounded = results
+    assert all(torch.equal(*pair) for pair in zip(exact, half, strict=True))  # fp16 would overflow: it is not used
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == torch.float32 and 0 < (other - one).norm() < 1e-2 * one.norm()
+    factors = [each.detach().bfloat16().float() for each in (hidden_TD, items_ID)]
+    scores_TI = (factors[0] @ factors[1][1:].T).bfloat16().float()
+    wanted = F.cross_entropy(scores_TI, targets_T - 1, reduction="sum")
+    torch.testing.assert_close(rounded[0], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_full_softmax_over_drawn_items_is_torchs_over_them_and_the_target(tensors, block_numbers):
     hidden_TD, items_ID, targets_T = tensors
     rows_T, drawn_BI = torch.arange(T) % 4, torch.rand(4, I, generator=torch.Generator().manual_seed(1)) < 0.3

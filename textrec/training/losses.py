@@ -24,24 +24,31 @@ def full_softmax(
     """Cross-entropy over the whole catalogue (llama_hstu section 5.4: the padding class is left out).
 
     With a mask `drawn_BI`, over the target and the items that were drawn for the position's row `rows_T` (section 5.5).
-    Scores are made, used and overwritten block by block, the gradient with them: memory does not grow with T x I.
+    Scores are made, used and overwritten block by block, the gradient with them: memory does not grow with T x I. Under
+    bf16 autocast the three products take rounded factors; softmax, sums and what is returned stay in fp32.
     """
     drawn_BI = None if drawn_BI is None else drawn_BI[:, 1:]
-    return _FullSoftmax.apply(hidden_TD, items_ID[1:], targets_T - 1, drawn_BI, rows_T)
+    device = hidden_TD.device.type
+    rounded = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    with torch.autocast(device, enabled=False):
+        return _FullSoftmax.apply(hidden_TD, items_ID[1:], targets_T - 1, drawn_BI, rows_T, rounded)
 
 
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, drawn_BI, rows_T) -> Tensor:
+    def forward(ctx, hidden_TD: Tensor, items_ID: Tensor, targets_T: Tensor, drawn_BI, rows_T, rounded: bool) -> Tensor:
         hidden_wants, items_want, *_ = ctx.needs_input_grad  # a frozen table wants none
         grad_hidden_TD = torch.empty_like(hidden_TD) if hidden_wants else None
         grad_items_ID = torch.zeros_like(items_ID) if items_want else None
         total = hidden_TD.new_zeros(())
-        step = max(BLOCK_NUMBERS // len(items_ID), 64)
+        step = max((BLOCK_NUMBERS << rounded) // len(items_ID), 64)
         buffer = hidden_TD.new_empty(min(step, max(len(hidden_TD), 1)), len(items_ID))
+        if rounded:
+            hidden_TD, items_ID = hidden_TD.bfloat16(), items_ID.bfloat16()
         for start in range(0, len(hidden_TD), step):
             hidden_CD, targets_C1 = hidden_TD[start : start + step], targets_T[start : start + step, None]
-            scores_CI = torch.mm(hidden_CD, items_ID.T, out=buffer[: len(hidden_CD)])
+            scores_CI = buffer[: len(hidden_CD)]
+            scores_CI.copy_(hidden_CD @ items_ID.T) if rounded else torch.mm(hidden_CD, items_ID.T, out=scores_CI)
             if drawn_BI is not None:
                 target_C1 = scores_CI.gather(1, targets_C1)
                 scores_CI.masked_fill_(~drawn_BI[rows_T[start : start + step]], -torch.inf)
@@ -53,9 +60,12 @@ class _FullSoftmax(torch.autograd.Function):
             if hidden_wants or items_want:
                 scores_CI /= sums_C1
                 scores_CI.scatter_add_(1, targets_C1, scores_CI.new_full(targets_C1.shape, -1.0))
+            scores_CI = scores_CI.to(items_ID.dtype)
             if hidden_wants:
-                torch.mm(scores_CI, items_ID, out=grad_hidden_TD[start : start + step])
-            if items_want:
+                grad_hidden_TD[start : start + step] = scores_CI @ items_ID
+            if items_want and rounded:
+                grad_items_ID += scores_CI.T @ hidden_CD
+            elif items_want:
                 grad_items_ID.addmm_(scores_CI.T, hidden_CD)
         ctx.save_for_backward(grad_hidden_TD, grad_items_ID)
         return total
@@ -63,7 +73,7 @@ class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *(None if each is None else each * grad for each in ctx.saved_tensors), None, None, None
+        return *(None if each is None else each * grad for each in ctx.saved_tensors), None, None, None, None
 
 
 def sampled_softmax(

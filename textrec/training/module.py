@@ -98,8 +98,7 @@ class SequenceModule(DistributedModule):
         if self.training_config.objective == "masked_item":
             hidden_TD, targets_T = hidden_TD[chosen_T], targets_T[chosen_T]
         self.tokens += len(chosen_T)
-        with torch.autocast(hidden_TD.device.type, enabled=False):  # losses are fp32 under mixed precision, too
-            total = self._loss(hidden_TD.float(), targets_T, items_BL, step, part)
+        total = self._loss(hidden_TD.float(), targets_T, items_BL, step, part)
         self.sums += torch.tensor([float(total.detach()), len(targets_T)], dtype=torch.float64)
         return self.mean_over_step(total, batch.get("targets_in_step", len(targets_T)))
 
@@ -110,6 +109,11 @@ class SequenceModule(DistributedModule):
         config, items_ID = self.training_config, self.model.item_vectors().float()
         if config.loss == "full_softmax":
             return losses.full_softmax(hidden_TD, items_ID, targets_T)
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # in fp32 under mixed precision, too
+            return self._sampled_loss(hidden_TD, items_ID, targets_T, items_BL, step, part)
+
+    def _sampled_loss(self, hidden_TD: Tensor, items_ID: Tensor, targets_T, items_BL: Tensor, step: int, part: int):
+        config = self.training_config
         if config.negatives == "outside_history":
             rows_T = (items_BL != PADDING_ID).nonzero()[:, 0]
             drawn_BI = self._drawn_outside(targets_T, rows_T, items_BL, len(items_ID), step, part)
