@@ -50,6 +50,8 @@ def test_an_endpoint_embeds_generates_and_scores(server, monkeypatch):
     offsets = {"text_offset": [0, 3, 5, 9], "token_logprobs": [None, -1.0, -2.5, -99.0]}  # the last one is generated
     server.replies = [(200, {"choices": [{"logprobs": offsets}]})]
     assert ask(server).log_likelihood(["red"], [" paint"]).tolist() == [-3.5]
+    offsets["text_offset"] = [0, 3, 6, 12]  # <s>, which vLLM counts in, red, paint
+    assert ask(server).log_likelihood(["red"], [" paint"]).tolist() == [-2.5]
 
 
 def test_a_server_that_stumbles_is_asked_again_and_one_that_refuses_is_not(server):

@@ -1,5 +1,8 @@
 """Embedders read as sentence-transformers does, each side with its prompt; users made of item vectors, by hand."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +85,20 @@ def test_texts_are_cut_to_the_limit_and_prompts_given_replace_those_of_the_folde
     assert (given.sides["query"][1], given.sides["document"][1]) == ("", "a: ")
     plain = given.tokenize(["kettle"], "query")[0]
     np.testing.assert_array_equal(plain, TextEncoder(folder).tokenize(["kettle"])[0])
+
+
+def test_a_tokenizer_of_other_rules_and_the_same_vocabulary_is_another_encoder(folder, tmp_path):
+    own, place = TextEncoder(folder), tmp_path / "model"
+    own.tokenize(TEXTS)  # cuts, which is no rule of the tokenizer
+    assert TextEncoder(folder).config == own.config
+    shutil.copytree(folder, place)
+    (written,) = place.rglob("tokenizer.json")
+    rules = json.loads(written.read_text())
+    rules["normalizer"] = {"type": "Lowercase"} if rules["normalizer"] is None else None
+    written.write_text(json.dumps(rules))
+    other = TextEncoder(place)
+    assert other.model.tokenizer.get_vocab() == own.model.tokenizer.get_vocab()
+    assert other.config["tokenizer"] != own.config["tokenizer"]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_a_run_is_recorded_once_and_again_only_when_something_changed(study):
     assert starts(study) == 6
 
 
+def test_other_weights_in_a_given_folder_run_again(study):
+    (study.root / "model").mkdir()
+    write_notebook(
+        study.root / "notebooks" / "01_toy.ipynb",
+        PARAMETERS + f'\npretrained: str = "{study.root}/model"  # given',
+        BODY,
+    )
+    for weights, status in ((b"a", "ok"), (b"a", "skipped"), (b"b", "ok")):
+        (study.root / "model" / "model.safetensors").write_bytes(weights)
+        assert runner.run_notebook("01").status == status
+
+
 @pytest.mark.parametrize(
     ("mood", "status", "said"),
     [

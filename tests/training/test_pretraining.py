@@ -156,6 +156,7 @@ def test_the_work_of_the_published_size_is_six_operations_a_weight_and_token():
     per_layer = 4 * 768 * 768 + 2 * 768 * 3072  # global projections read one token each
     expected = 6 * 12 * (per_layer + 2 * 66 * 768) * 2 * 1000
     assert training_flops(config, 1000, 0) == pytest.approx(expected)
+    assert training_flops(config, 1000, 0, passes=1) == pytest.approx(expected / 2)  # no masked words
     assert training_flops(config, 0, 10) == pytest.approx(6 * 10 * 768 * (768 + 50_265))
 
 

@@ -10,7 +10,7 @@ from textrec.data.tokenizing import train_tokenizer
 from textrec.models.recformer import RecFormer
 from textrec.schema import InputError
 from textrec.training import text_rows
-from textrec.training.text_ranking import TextSet, item_table, text_ranks
+from textrec.training.text_ranking import HalfPrecision, TextSet, item_table, text_ranks
 from textrec.training.text_recommending import text_recommender
 from textrec.training.text_rows import TEXT_ROWS, _config, run_text_rows, trained_parameters
 from textrec.training.two_stage import TwoStageConfig
@@ -61,7 +61,8 @@ def test_a_test_in_half_precision_changes_the_test_alone_and_tells_of_it(texts, 
         assert losses == [[entry.get("ndcg@10"), entry["train_loss"]] for entry in other.curve]
         moved = one.ranks.kept.higher_U - other.ranks.kept.higher_U
         assert moved.any() and abs(moved).mean() < 0.05 * texts.prepared.num_items
-    coarse, exact = (item_table(encoder, texts) for encoder in (text_rows.HalfPrecision(start), start))
+    assert not start.training  # as it was before
+    coarse, exact = (item_table(encoder, texts) for encoder in (HalfPrecision(start), start))
     assert coarse.dtype == torch.float32 and 0 < (1 - (coarse * exact).sum(1)[1:]).max() < 1e-3
     with pytest.raises(InputError, match="test_precision is 'bf17'; expected '32' or 'bf16'"):
         run_text_rows(rows, texts, start, run_dir=tmp_path, test_precision="bf17", **given)

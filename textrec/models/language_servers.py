@@ -142,8 +142,9 @@ class EndpointModel:
 
         def likelihood(prompt: str, text: str) -> float:
             body = {"prompt": prompt + text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
-            spans = self._ask("completions", body, _spans)
-            own = [value for at, value in spans if len(prompt) <= at < len(prompt + text)]
+            *spans, (end, _) = self._ask("completions", body, _spans) or [(0, 0.0)]
+            moved = end - len(prompt + text)  # the written token begins where what was sent ends, behind a start token
+            own = [value for at, value in spans if len(prompt) <= at - moved < len(prompt + text)]
             if not own:
                 raise Unsupported(f"{self.identity}: this endpoint gives no log-probabilities of a prompt (echo)")
             return sum(own)

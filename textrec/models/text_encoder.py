@@ -7,6 +7,7 @@ B texts of a batch · L padded length · T real positions · D width · I items 
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,11 @@ class TextEncoder(nn.Module):
             prompts[side] = prompts[side] if given is None else given
         self.sides = {side: (pooling, prompt) for side, prompt in prompts.items()}
         self.sides |= {"published_history": ("mean", ""), "published_item": ("pooler", "")}
-        known = hashlib.sha256(repr(sorted(self.model.tokenizer.get_vocab().items())).encode()).hexdigest()
+        backend = getattr(self.model.tokenizer, "backend_tokenizer", None)  # its rules, not how it cuts and pads
+        rules = backend and {
+            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")
+        }
+        known = hashlib.sha256(repr(rules or sorted(self.model.tokenizer.get_vocab().items())).encode()).hexdigest()
         self.config = {"modules": repr(self.model), "dtype": dtype, "tokenizer": known}  # what it is beside its weights
 
     def tokenize(self, texts: Sequence[str], side: str = "document") -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from textrec.data.files import NO_SPACE, naming_full_disk, remove_partials
 from textrec.data.preparing import prepare
+from textrec.data.storage import sha256_of
 from textrec.paths import FIGURES, NOTEBOOKS, ROOT, RUNS
 from textrec.provenance import code_hash
 from textrec.schema import InputError
@@ -105,15 +106,18 @@ def _prepare_run(number: str, scale: str, variant: str | None, seed: int, overri
 
 
 def _inputs(run: Run, values: dict[str, object]) -> dict:
-    """Return what decides a record: digests of code, claims and parameters, fingerprints of the data sets."""
+    """Return what decides a record: digests of code, given weights, claims and parameters, fingerprints of the data."""
     cells = [ast.dump(ast.parse(source)) for source, _ in parameters.code_cells(parameters.notebook_path(run.notebook))]
     judged_by = [str(claim) for claim in load_claims().values() if claim.notebook == run.notebook]
     described = json.dumps([cells, judged_by, values], sort_keys=True)
     names = [run.dataset, *(name for key, value in values.items() if key.endswith("datasets") for name in value)]
+    names += [values["held_out"]] if values.get("held_out") and not values.get("pretrained") else []
+    folders = [ROOT / str(values[key]) for key in ("pretrained", "finetuned") if values.get(key)]
     with ONE_AT_A_TIME:
         fingerprints = {name: prepare(name).fingerprint for name in names}
     return {
         "package": code_hash((ROOT / "textrec").rglob("*.py")),
+        "weights": [sha256_of(file) for folder in folders for file in sorted(folder.rglob("*.safetensors"))],
         "notebook": hashlib.sha256(described.encode()).hexdigest()[:16],
         "data": fingerprints,
     }

@@ -146,15 +146,15 @@ class PretrainingModule(DistributedModule):
         return adamw_with_linear_decay(self, self.training_config, self.training_config.max_steps)
 
 
-def training_flops(config: RecFormerConfig, tokens: int, masked: int) -> float:
-    """Return the floating-point operations of forward and backward passes over both views, clean and masked.
+def training_flops(config: RecFormerConfig, tokens: int, masked: int, passes: int = 2) -> float:
+    """Return the floating-point operations of forward and backward passes over both views, clean and masked (2 passes).
 
     Matrix products alone, two operations a multiplication, the backward pass twice the forward; the attention is that
     of a full window. The work of the start tokens' own attention is left out.
     """
     width = config.hidden_size
     layer = 2 * width * (4 * width + 2 * config.intermediate_size) + 4 * (config.attention_window + 2) * width
-    return 3.0 * (2 * tokens * config.num_layers * layer + 2 * masked * width * (width + config.vocabulary_size))
+    return 3.0 * (passes * tokens * config.num_layers * layer + 2 * masked * width * (width + config.vocabulary_size))
 
 
 class PretrainingMonitor(Callback):
@@ -207,7 +207,8 @@ class PretrainingMonitor(Callback):
         entry["tokens_per_s"] = summed["tokens"] / seconds
         if self.peak_flops:
             masked = summed["masked_history"] + summed["masked_item"]
-            spent = training_flops(module.model.config, int(summed["tokens"]), int(masked))
+            passes = 1 + bool(self.training.mlm_weight)
+            spent = training_flops(module.model.config, int(summed["tokens"]), int(masked), passes)
             entry["peak_share"] = spent / seconds / (self.peak_flops * trainer.world_size)
         self._close(trainer, module, entry)
         trainer.should_stop = self._is_spent()
@@ -320,10 +321,10 @@ def pretrain(
             trainer.global_rank, trainer.world_size,
             first_users if training.one_set_batches else (0,),
         )  # fmt: skip
-        if trainer.is_global_zero:
-            save_tokenizer(sets[0].tokenizer, folder / "model")
         resumes = last.is_file() or (last / "latest").is_file()
         trainer.fit(module, batches, ckpt_path=str(last) if resumes else None, weights_only=True)
+        if trainer.is_global_zero:
+            save_tokenizer(sets[0].tokenizer, folder / "model")
     best = RecFormerForPretraining.from_pretrained(folder / "model").to(module.device if device == "cuda" else "cpu")
     return Pretrained(best, monitor.curve, monitor.tokens, monitor.cpu_s, monitor.cpu_s - monitor.earlier_cpu_s)
 

@@ -34,8 +34,8 @@ from textrec.training.rows import RowResult, cached_row
 
 _CODE = [ROOT / "textrec" / name for name in (
     "data/histories.py", "data/item_text.py", "evaluation/controls.py", "evaluation/metrics.py",
-    "evaluation/ranking.py", "models/language_backends.py", "models/listwise_prompt.py", "seeding.py",
-    "training/prompt_rows.py",
+    "evaluation/ranking.py", "models/language_backends.py", "models/language_servers.py", "models/listwise_prompt.py",
+    "seeding.py", "training/prompt_rows.py",
 )]  # fmt: skip
 MAX_EMBEDDED_ITEMS = 50
 

@@ -197,9 +197,9 @@ def code_files(model: str) -> list[Path]:
 
 
 def forget_other_runs(folder: Path, key: dict) -> None:
-    """Remove an unfinished checkpoint of other code, parameters, data or seed: continuing it would mix two runs."""
+    """Remove checkpoint and results of other code, parameters, data or seed: going on from them would mix two runs."""
     marker = folder / "started.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != key:
-        for stale in (folder / "last.ckpt", folder / "row.json"):
+        for stale in (folder / "last.ckpt", folder / "row.json", folder / "ranks.parquet"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
     write_text(marker, json.dumps(key, indent=1))

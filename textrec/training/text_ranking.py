@@ -232,6 +232,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.train(was_training)
 
 
+class HalfPrecision(nn.Module):
+    """An encoder of histories and items under bf16 autocast; cosines of its vectors are float32, as any other's.
+
+    On a CPU with bf16 instructions three times as fast as float32, where the test of a row takes a third of its time.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder, self.config, self.training = encoder, encoder.config, encoder.training
+
+    def encode(self, token_ids_T: Tensor, *layout: Tensor) -> Tensor:
+        """Return the vectors (B, D) of packed histories, float32."""
+        with torch.autocast(token_ids_T.device.type, torch.bfloat16):
+            return self.encoder.encode(token_ids_T, *layout).float()
+
+
 class BagOfWords(Saved, nn.Module):
     """The mean word vector of all tokens of a history, keys included: what a word table says without its encoder."""
 

@@ -10,9 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes, shuffled_texts
 from textrec.models.recformer import RecFormer
@@ -23,6 +20,7 @@ from textrec.training.rows import RowResult, cached_row
 from textrec.training.text_launch import two_stage_in_processes
 from textrec.training.text_ranking import (
     BagOfWords,
+    HalfPrecision,
     TextSet,
     text_ranks,
     weights_digest,
@@ -186,22 +184,6 @@ def trained_parameters(row: str, start: RecFormer, overrides: Mapping[str, Mappi
         return 0
     model = trainable(STARTS[place](start, 0) if place in STARTS else start, training)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-class HalfPrecision(nn.Module):
-    """An encoder of histories and items under bf16 autocast; cosines of its vectors are float32, as any other's.
-
-    On a CPU with bf16 instructions three times as fast as float32, where the test of a row takes a third of its time.
-    """
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder, self.config = encoder, encoder.config
-
-    def encode(self, token_ids_T: Tensor, *layout: Tensor) -> Tensor:
-        """Return the vectors (B, D) of packed histories, float32."""
-        with torch.autocast(token_ids_T.device.type, torch.bfloat16):
-            return self.encoder.encode(token_ids_T, *layout).float()
 
 
 def _ranked(row, training, texts: TextSet, start: RecFormer, seed, folder, device, devices, progress, tested):
