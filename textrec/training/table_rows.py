@@ -29,14 +29,14 @@ from textrec.schema import InputError
 from textrec.seeding import derive_seed, seed_everything
 from textrec.training.embedder_rows import encoded
 from textrec.training.rows import RowResult, cached_row, code_files, configurations, model_class
-from textrec.training.text_ranking import TextSet, item_table
+from textrec.training.text_ranking import TextSet, item_table, weights_digest
 from textrec.training.two_stage import load_pair
 
 SOURCES = {
     "random": "reference: items start at random",
     "language_model": "items start from the language model",
     "pretrained": "items start from the pretrained text model",
-    "finetuned": "items start from the text model finetuned here",
+    "finetuned": "items start from the text model finetuned on this set",
     "embedder": "items start from a general text embedder",
 }
 STALE = "finetuned_stale"  # the finetuned table as published, an epoch older than the weights beside it
@@ -138,14 +138,14 @@ def run_table_rows(
         if not fits and "pca" not in preset.transforms:
             preset = replace(preset, transforms=("pca", *preset.transforms))
         told = {"model": model, "source": preset.source, "transforms": preset.transforms, "table": dict(preset.table)}
+        digest = given is not None and hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        told["vectors"] = digest or None
         parameters = json.loads(json.dumps(told | asdict(config) | asdict(training)))
         if row in skipped:
             results.append(RowResult(row, preset.changed, parameters, "not_attempted", skipped[row]))
             continue
         folder = Path(run_dir) / "rows" / row
-        key = {"fingerprint": prepared.fingerprint, "seed": seed, "vectors": None}
-        if given is not None:
-            key["vectors"] = hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        key = {"fingerprint": prepared.fingerprint, "seed": seed}
         code = [*code_files(model), ROOT / "textrec" / "models" / "item_table.py"]
         run = partial(_ranked, preset, config, training, prepared, given, seed, folder, device, progress)
         results.append(cached_row(row, preset.changed, parameters, key, folder, code, run))
@@ -181,6 +181,27 @@ def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, d
         model = attach(model, transformed(given.cpu(), preset.transforms, **seeded), **preset.table)
     fitted = fit(model, prepared, training, seed=seed, folder=folder, device=device, progress=progress)
     return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
+
+
+def given_pair(folder: Path, start: RecFormer, texts: TextSet) -> tuple[Path, list[str]]:
+    """Return the file of M' and I' that the first stage of a row of notebook 03 left, and what a record tells of it.
+
+    Raises `InputError` where there is none, and where it began with other weights than `start` or read other items.
+    """
+    row, pair = folder / "row.json", folder / "stage1" / "best.safetensors"
+    if not (row.is_file() and pair.is_file()):
+        raise InputError(
+            f"{folder} holds no finetuned row: expected what `textrec run 03` leaves there, weights included"
+        )
+    key = json.loads(row.read_text(encoding="utf-8"))["key"]
+    for name, own in (("weights", weights_digest(start)), ("tokens", texts.identity["tokens"])):
+        if key[name] != own:
+            what = {"weights": "was finetuned from other weights", "tokens": "read other items"}[name]
+            raise InputError(f"{folder} {what}: its {name} are {key[name]}, expected {own}")
+    told = [f"the finetuned text model is the first stage of seed {key['seed']} of {folder.parent.parent.parent.name}"]
+    if key["fingerprint"] != texts.identity["fingerprint"]:
+        told.append("the users whom the text model was finetuned on are another choice of this set's")
+    return pair, told
 
 
 def text_encoders(
