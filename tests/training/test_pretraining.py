@@ -115,7 +115,7 @@ def test_settings_that_do_not_divide_are_refused():
 
 def test_a_misspelt_setting_and_a_wrong_value_get_one_sentence():
     for settings, told in (
-        ({"max_step": 8}, "pretraining sets 'max_step', which is no setting of it .did you mean 'max_steps'"),
+        ({"max_step": 8}, "'max_step' is no setting of pretraining .did you mean 'max_steps'"),
         ({"select_by": "best"}, "pretraining: select_by='best': expected one of"),
         ({"adapters": {"ranks": 2}}, "pretraining: .*'ranks'"),
     ):

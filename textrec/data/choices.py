@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from textrec.data.filtering import CORE_ORDERS
 from textrec.data.splitting import SPLITS
@@ -65,11 +66,24 @@ class Choices:
     @classmethod
     def of(cls, values: Mapping) -> "Choices":
         """Build from a mapping; a misspelt name is an error that names the closest one."""
-        names = [entry.name for entry in fields(cls)]
-        for name in values:
-            if name not in names:
-                raise InputError(f"{name!r} is no choice of data preparation{closest(name, names)}")
-        return cls(**values)
+        return configured(cls, values, "choice of data preparation", tuples=False)
+
+
+def configured(kind: type, settings: Mapping[str, Any], what: str, *, tuples: bool = True) -> Any:
+    """Build a configuration from a mapping, lists as `tuples`; an unknown name and a wrong value are `InputError`s.
+
+    `what` is what its names are, e.g. "setting of the pretraining".
+    """
+    names = [entry.name for entry in fields(kind)]
+    for name in settings:
+        if name not in names:
+            raise InputError(f"{name!r} is no {what}{closest(name, names)}")
+    try:
+        return kind(**{k: tuple(v) if tuples and isinstance(v, list) else v for k, v in settings.items()})
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def closest(value: object, names: Iterable[str]) -> str:

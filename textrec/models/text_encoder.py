@@ -69,11 +69,10 @@ class TextEncoder(nn.Module):
             prompts[side] = prompts[side] if given is None else given
         self.sides = {side: (pooling, prompt) for side, prompt in prompts.items()}
         self.sides |= {"published_history": ("mean", ""), "published_item": ("pooler", "")}
-        backend = getattr(self.model.tokenizer, "backend_tokenizer", None)  # its rules, not how it cuts and pads
-        rules = backend and {
-            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")
-        }
-        known = hashlib.sha256(repr(rules or sorted(self.model.tokenizer.get_vocab().items())).encode()).hexdigest()
+        tokenizer, unset = self.model.tokenizer, {"truncation": None, "padding": None}  # how it cuts is told elsewhere
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.loads(fast.to_str()) | unset if fast else sorted(tokenizer.get_vocab().items())
+        known = hashlib.sha256(repr(rules).encode()).hexdigest()
         self.config = {"modules": repr(self.model), "dtype": dtype, "tokenizer": known}  # what it is beside its weights
 
     def tokenize(self, texts: Sequence[str], side: str = "document") -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from textrec.data.choices import configured
 from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.schema import InputError
@@ -169,7 +170,7 @@ def fit_here(
     seed_everything(seed)
     fitted = fit(
         cls(cls.config_class(**config)), PreparedSet.load(Path(prepared)),
-        TrainingConfig(**training | {"adam_betas": tuple(training["adam_betas"])}), seed=seed, folder=Path(folder),
+        configured(TrainingConfig, training, "setting of training"), seed=seed, folder=Path(folder),
         device=device, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     return {"curve": fitted.curve, "tokens": fitted.tokens, "cpu_s": fitted.cpu_s, "peaks": peak_memory()}

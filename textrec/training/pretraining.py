@@ -6,7 +6,7 @@ a step reads depends on the seed and its number alone: reshuffled passes over al
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import default_convert
 
-from textrec.data.choices import closest
+from textrec.data.choices import configured
 from textrec.data.examples import PretrainingExamples
 from textrec.evaluation.metrics import per_user_metrics
 from textrec.models.adapters import AdapterConfig, merged, with_adapters
@@ -87,13 +87,7 @@ class PretrainingConfig:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "PretrainingConfig":
         """Build from a notebook's parameter `pretraining`; raises `InputError` for a misspelt name or a wrong value."""
-        known = [each.name for each in fields(cls)]
-        if unknown := sorted(settings.keys() - set(known)):
-            raise InputError(f"pretraining sets {unknown[0]!r}, which is no setting of it{closest(unknown[0], known)}")
-        try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
-        except (ValueError, TypeError) as error:
-            raise InputError(f"pretraining: {error}") from error
+        return configured(cls, settings, "setting of pretraining")
 
     @property
     def round_steps(self) -> int:

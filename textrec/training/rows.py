@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from textrec.data.choices import closest
+from textrec.data.choices import closest, configured
 from textrec.data.files import write_text
 from textrec.data.prepared import PreparedSet
 from textrec.evaluation.ranking import Ranks
@@ -92,11 +92,10 @@ def configurations(
                 hint = closest(name, model_names | training_names)
                 raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
             settings = model_settings if name in model_names else training_settings
-            settings[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return config_class(**model_settings), TrainingConfig(**training_settings)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"row {row!r}: {error}") from error
+            settings[name] = value
+    kinds = (config_class, model_settings), (TrainingConfig, training_settings)
+    model, training = (configured(kind, settings, f"setting of row {row!r}") for kind, settings in kinds)
+    return model, training
 
 
 def _skipped(row, config, training, reason: str) -> RowResult:

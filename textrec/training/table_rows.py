@@ -138,8 +138,8 @@ def run_table_rows(
         if not fits and "pca" not in preset.transforms:
             preset = replace(preset, transforms=("pca", *preset.transforms))
         told = {"model": model, "source": preset.source, "transforms": preset.transforms, "table": dict(preset.table)}
-        digest = given is not None and hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-        told["vectors"] = digest or None
+        if given is not None:
+            told["vectors"] = hashlib.sha256(given.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
         parameters = json.loads(json.dumps(told | asdict(config) | asdict(training)))
         if row in skipped:
             results.append(RowResult(row, preset.changed, parameters, "not_attempted", skipped[row]))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from textrec.data.choices import configured
 from textrec.data.prepared import PreparedSet
 from textrec.models.recformer import RecFormer, RecFormerForPretraining
 from textrec.schema import InputError
@@ -67,7 +68,8 @@ def two_stage_here(folder: str, training: dict, seed: int, device: str, texts: d
     seed_everything(seed)
     start = Path(folder) / "start"
     found = two_stage(
-        RecFormer.from_pretrained(start), _text_set(texts, start), TwoStageConfig(**_with_tuples(training)), seed=seed,
+        RecFormer.from_pretrained(start), _text_set(texts, start),
+        configured(TwoStageConfig, training, "setting of finetuning"), seed=seed,
         folder=Path(folder), device=device, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     cost = {"tokens": found.tokens, "cpu_s": found.cpu_s}
@@ -94,8 +96,3 @@ def _text_set(told: dict[str, Any], start: Path) -> TextSet:
             f"the set {prepared.name!r} was given other texts than its catalogue's: expected one process for such a run"
         )
     return texts
-
-
-def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists alone."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from textrec.data.choices import closest
+from textrec.data.choices import closest, configured
 from textrec.data.item_text import item_attributes, shuffled_texts
 from textrec.models.recformer import RecFormer
 from textrec.paths import ROOT
@@ -169,12 +169,8 @@ def _config(row: str, overrides: Mapping) -> TwoStageConfig | None:
             if name not in known:
                 hint = closest(name, known)
                 raise InputError(f"overrides[{group!r}] sets {name!r}, which row {row!r} does not have{hint}")
-            value = {**(settings.get(name) or {}), **value} if isinstance(value, Mapping) else value
-            settings[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return TwoStageConfig(**settings) if TEXT_ROWS[row].finetuned else None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"row {row!r}: {error}") from error
+            settings[name] = {**(settings.get(name) or {}), **value} if isinstance(value, Mapping) else value
+    return configured(TwoStageConfig, settings, f"setting of row {row!r}") if TEXT_ROWS[row].finetuned else None
 
 
 def trained_parameters(row: str, start: RecFormer, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> int:
