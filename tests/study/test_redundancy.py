@@ -88,8 +88,9 @@ def test_the_profile_adds_up_and_finds_a_head_that_stays_at_home(encoder, packed
     lines = panels[0][2]
     assert [line["x"] for line in lines] == ["1", "2"]
     assert lines[0]["value"] == pytest.approx((told["heads"][0]["own"] + told["heads"][1]["own"]) / 2)
-    last = [line["value"] for line in told["distance"] if line["layer"] == 2]
-    assert [line["value"] for line in panels[3][2]] == last[:3]
+    for panel, layer in ((3, 1), (4, 2)):
+        reach = [line["value"] for line in told["distance"] if line["layer"] == layer]
+        assert [line["value"] for line in panels[panel][2]] == reach[:3]
 
 
 def test_layers_go_and_the_rest_computes_on(encoder, packed):

@@ -223,16 +223,16 @@ def alignment(first: RecFormer, second: RecFormer, packed: Sequence[Tensor]) -> 
 
 
 def attention_panels(profiles: Mapping[str, Mapping], furthest: int = 6) -> list[tuple[str, str, list[dict]]]:
-    """Return panels for `plot_lines` of models by their name: means over heads by layer, and the last layer's reach."""
-    kinds = {"own": "within the own item", "start": "on the start token", "entropy": "entropy (nats)"}
-    panels = []
+    """Return panels for `plot_lines` of models by their name: heads' means by layer, the outer layers' reach."""
+    kinds, panels = {"own": "within the own item", "start": "on the start token", "entropy": "entropy (nats)"}, []
     for kind, label in kinds.items():
         heads = [(row, line["layer"], line[kind]) for row, told in profiles.items() for line in told["heads"]]
         places = dict.fromkeys(head[:2] for head in heads)
         means = {place: np.mean([value for *of, value in heads if tuple(of) == place]) for place in places}
         lines = [{"row": row, "x": str(layer), "value": float(mean)} for (row, layer), mean in means.items()]
         panels.append(("layer", label, lines))
-    reach = [{"row": row, "x": str(line["x"]), "value": line["value"]}
-             for row, told in profiles.items() for line in told["distance"]
-             if line["layer"] == len(told["map"]) and line["x"] <= furthest]  # fmt: skip
-    return [*panels, ("items apart, last layer", "share of attention", reach)]
+    for name, place in (("first", 0), ("last", -1)):
+        lines = [line | {"row": row, "x": str(line["x"])} for row, told in profiles.items() for line in told["distance"]
+                 if line["layer"] == told["distance"][place]["layer"] and line["x"] <= furthest]  # fmt: skip
+        panels.append((f"items apart, {name} layer", "share of attention", lines))
+    return panels

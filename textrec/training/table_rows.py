@@ -9,6 +9,7 @@ published. Not brought back: pads that are trained to predict row 0, which then 
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor
 from textrec.data.choices import closest
 from textrec.data.item_text import item_attributes, item_texts
 from textrec.data.prepared import PreparedSet
+from textrec.evaluation.ranking import Ranks
 from textrec.models.item_table import attach, transformed
 from textrec.models.recformer import RecFormer
 from textrec.models.text_encoder import TextEncoder
@@ -183,25 +185,27 @@ def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, d
     return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
 
 
-def given_pair(folder: Path, start: RecFormer, texts: TextSet) -> tuple[Path, list[str]]:
-    """Return the file of M' and I' that the first stage of a row of notebook 03 left, and what a record tells of it.
+def given_pair(folder: Path, start: RecFormer, texts: TextSet, rows: Path) -> tuple[Path, list[RowResult], list[str]]:
+    """Return the file of M' and I' that the first stage of a row of notebook 03 left, the row, what a record tells.
 
-    Raises `InputError` where there is none, and where it began with other weights than `start` or read other items.
+    The row is copied to the folder `rows`, with its ranks, where these are of the same users; else there is none.
+    Raises `InputError` where nothing was left, and where it began with other weights than `start` or read other items.
     """
-    row, pair = folder / "row.json", folder / "stage1" / "best.safetensors"
-    if not (row.is_file() and pair.is_file()):
-        raise InputError(
-            f"{folder} holds no finetuned row: expected what `textrec run 03` leaves there, weights included"
-        )
-    key = json.loads(row.read_text(encoding="utf-8"))["key"]
+    files, pair = [folder / name for name in ("row.json", "ranks.parquet")], folder / "stage1" / "best.safetensors"
+    if not all(each.is_file() for each in (*files, pair)):
+        raise InputError(f"{folder} holds no finetuned row: expected all that `textrec run 03` leaves, also weights")
+    stored = json.loads(files[0].read_text(encoding="utf-8"))
     for name, own in (("weights", weights_digest(start)), ("tokens", texts.identity["tokens"])):
-        if key[name] != own:
+        if stored["key"][name] != own:
             what = {"weights": "was finetuned from other weights", "tokens": "read other items"}[name]
-            raise InputError(f"{folder} {what}: its {name} are {key[name]}, expected {own}")
-    told = [f"the finetuned text model is the first stage of seed {key['seed']} of {folder.parent.parent.parent.name}"]
-    if key["fingerprint"] != texts.identity["fingerprint"]:
-        told.append("the users whom the text model was finetuned on are another choice of this set's")
-    return pair, told
+            raise InputError(f"{folder} {what}: its {name} are {stored['key'][name]}, expected {own}")
+    seed, run = stored["key"]["seed"], folder.parent.parent.parent.name
+    told = [f"the finetuned text model is the first stage of seed {seed} of {run}, and so in all seeds"]
+    if stored["key"]["fingerprint"] != texts.identity["fingerprint"]:
+        return pair, [], [*told, "the users whom the text model was finetuned on are another choice of this set's"]
+    (rows / folder.name).mkdir(parents=True, exist_ok=True)
+    ranks = [shutil.copy(each, rows / folder.name) for each in files][1]
+    return pair, [RowResult(**stored["result"], ranks=Ranks.load(ranks))], told
 
 
 def text_encoders(
