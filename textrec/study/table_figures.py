@@ -105,10 +105,9 @@ def control_table(run: Run, ranks: Mapping[str, Sequence], metric: str = "ndcg@1
 
 def rule_table(record: Record, metric: str = "ndcg@10"):
     """Return a frame of rows by rule for the candidates: the metric, and the place among the rows."""
-    found = {}
-    for row in (row for row in record.rows if row["metrics"] and not row["row"].endswith(SEEN_RARELY)):
-        told = row["slices"] | {RULES[0]: row["metrics"]}
-        found[row["row"]] = {rule: told[rule][metric]["value"] for rule in RULES if rule in told}
+    rows = [row for row in record.rows if row["metrics"] and not row["row"].endswith(SEEN_RARELY)]
+    told = {row["row"]: row["slices"] | {RULES[0]: row["metrics"]} for row in rows}
+    found = {row: {rule: of[rule][metric]["value"] for rule in RULES if rule in of} for row, of in told.items()}
     frame = pandas.DataFrame(found).T
     return frame.join(frame.rank(ascending=False).add_suffix(", place"))
 
@@ -116,15 +115,15 @@ def rule_table(record: Record, metric: str = "ndcg@10"):
 def efficiency_table(results: Sequence, folder: Path, prepared: PreparedSet, num_users: int = 1000, rounds: int = 5):
     """Return a frame of the rows of `TABLE_ROWS`: sizes, times, the best validation, and whether it was only sooner.
 
-    Rows take turns in ranking `num_users` users on the CPU, after a round that is not counted; `beside random` is the
-    median ratio to the row of a random table in the same round. Epochs are counted from one.
+    Rows take turns in ranking `num_users` users on the CPU, after an uncounted round; `beside random` is the median
+    ratio to the row of a random table in the same round. Rows without weights here have none. Epochs count from one.
     """
     from textrec.models.sequence_model import SequenceModel
     from textrec.training.trainer import evaluate
 
     rows = {each.row: each for each in results if each.row in TABLE_ROWS and each.ranks is not None}
-    models = {row: SequenceModel.from_pretrained(folder / "rows" / row / "model") for row in rows}
-    users, spent, lines = prepared.split.targets("test")[0][:num_users], {row: [] for row in rows}, {}
+    models = {row: SequenceModel.from_pretrained(at) for row in rows if (at := folder / f"rows/{row}/model").is_dir()}
+    users, spent, lines = prepared.split.targets("test")[0][:num_users], {row: [] for row in models}, {}
     for _ in range(1 + rounds):
         for row, model in models.items():
             started = time.process_time()
@@ -132,15 +131,16 @@ def efficiency_table(results: Sequence, folder: Path, prepared: PreparedSet, num
             spent[row].append(time.process_time() - started)
     curves = {row: [(entry["ndcg@10"], entry["epoch"] + 1) for entry in each.curve if "ndcg@10" in entry]
               for row, each in rows.items()}  # fmt: skip
-    for row, model in models.items():
-        sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
-        ratios = np.divide(spent[row][1:], spent.get(_pair_of(row), [np.nan] * (1 + rounds))[1:])
-        best, epochs = max(curves[row], key=lambda point: (point[0], -point[1]))
-        level, _ = max(curves.get(_pair_of(row), [(np.nan, 0)]))
+    for row, result in rows.items():
+        sizes = [(each.numel(), each.requires_grad) for each in models[row].parameters()] if row in models else []
+        own, pair = (np.array(spent.get(name, [np.nan] * (1 + rounds))[1:]) for name in (row, _pair_of(row)))
+        (best, epochs), (level, _) = (max(curves.get(name, [(np.nan, 0)]), key=lambda point: (point[0], -point[1]))
+                                      for name in (row, _pair_of(row)))  # fmt: skip
         lines[row] = {
-            "parameters": sum(size for size, _ in sizes), "trained": sum(size for size, trained in sizes if trained),
-            "seconds an epoch": np.mean([entry["seconds"] for entry in rows[row].curve]),
-            f"CPU s for {len(users):,} users": np.median(spent[row][1:]), "beside random": np.median(ratios),
+            "parameters": sum(size for size, _ in sizes) or np.nan,
+            "trained": sum(size for size, trained in sizes if trained) or np.nan,
+            "seconds an epoch": np.mean([entry["seconds"] for entry in result.curve]),
+            f"CPU s for {len(users):,} users": np.median(own), "beside random": np.median(own / pair),
             "best validation": best, "after epochs": epochs,
             "random's best after": next((epoch for value, epoch in curves[row] if value >= level), np.nan),
         }  # fmt: skip
