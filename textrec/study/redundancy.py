@@ -234,5 +234,5 @@ def attention_panels(profiles: Mapping[str, Mapping], furthest: int = 6) -> list
     for name, place in (("first", 0), ("last", -1)):
         lines = [line | {"row": row, "x": str(line["x"])} for row, told in profiles.items() for line in told["distance"]
                  if line["layer"] == told["distance"][place]["layer"] and line["x"] <= furthest]  # fmt: skip
-        panels.append((f"items apart, {name} layer", "share of attention", lines))
+        panels.append((f"items apart, {name}", "share of attention", lines))
     return panels
