@@ -237,26 +237,31 @@ def test_a_given_row_must_have_begun_with_these_weights_and_read_these_items(tmp
     brief = {"all": {"max_epochs": 1, "batch_size": 12, "warmup_steps": 0}}
     [wanted] = run_text_rows(["stage_one_alone"], texts, start, seed=0, run_dir=run_dir, overrides=brief)
     folder, rows = run_dir / "rows" / "stage_one_alone", tmp_path / "07-brands" / "rows"
-    pair, [row], told = table_rows.given_pair(folder, start, texts, rows)
-    assert pair.is_file()
-    assert told == ["the finetuned text model is the first stage of seed 0 of 03-brands, and so in all seeds"]
-    assert row.row == "stage_one_alone" and np.array_equal(row.ranks.users_U, wanted.ranks.users_U)
+    pair, [row], told = table_rows.given_pair(folder, start, texts, 0, rows)
+    assert pair.is_file() and told == ["the finetuned text model is the first stage of seed 0 of 03-brands"]
+    assert (
+        row.row == "stage_one_alone"
+        and not row.changed.startswith("reference")
+        and np.array_equal(row.ranks.users_U, wanted.ranks.users_U)
+    )
     kept = Ranks.load(rows / "stage_one_alone" / "ranks.parquet")  # where gates over all seeds find it
     assert np.array_equal(kept.filtered.higher_U, wanted.ranks.filtered.higher_U)
+    same, others, _ = table_rows.given_pair(folder, start, texts, 1, rows / "none")
+    assert same == pair and others == [] and not (rows / "none").exists()  # one training is one sample, not one a seed
     written = json.loads((folder / "row.json").read_text())
     written["key"]["fingerprint"] = "of fewer users"
     (folder / "row.json").write_text(json.dumps(written))
-    _, others, told = table_rows.given_pair(folder, start, texts, rows / "none")
+    _, others, told = table_rows.given_pair(folder, start, texts, 0, rows / "none")
     assert told[1:] == ["the users whom the text model was finetuned on are another choice of this set's"]
     assert others == [] and not (rows / "none").exists()  # ranks of other users are not set beside these
     with pytest.raises(InputError, match="was finetuned from other weights"):
-        table_rows.given_pair(folder, RecFormer(SMALL).eval(), texts, rows)
+        table_rows.given_pair(folder, RecFormer(SMALL).eval(), texts, 0, rows)
     shuffled = TextSet.of(prepared, texts.tokenizer, attributes=item_attributes(prepared.catalogue)[::-1])
     with pytest.raises(InputError, match="read other items"):
-        table_rows.given_pair(folder, start, shuffled, rows)
+        table_rows.given_pair(folder, start, shuffled, 0, rows)
     pair.unlink()
     with pytest.raises(InputError, match="holds no finetuned row: expected all that `textrec run 03` leaves"):
-        table_rows.given_pair(folder, start, texts, rows)
+        table_rows.given_pair(folder, start, texts, 0, rows)
 
 
 @pytest.mark.slow

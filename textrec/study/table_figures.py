@@ -116,7 +116,7 @@ def efficiency_table(results: Sequence, folder: Path, prepared: PreparedSet, num
     """Return a frame of the rows of `TABLE_ROWS`: sizes, times, the best validation, and whether it was only sooner.
 
     Rows take turns in ranking `num_users` users on the CPU, after an uncounted round; `beside random` is the median
-    ratio to the row of a random table in the same round. Rows without weights here have none. Epochs count from one.
+    ratio to the row of a random table in the same round. A row whose weights are not here has neither sizes nor times.
     """
     from textrec.models.sequence_model import SequenceModel
     from textrec.training.trainer import evaluate
@@ -137,8 +137,7 @@ def efficiency_table(results: Sequence, folder: Path, prepared: PreparedSet, num
         (best, epochs), (level, _) = (max(curves.get(name, [(np.nan, 0)]), key=lambda point: (point[0], -point[1]))
                                       for name in (row, _pair_of(row)))  # fmt: skip
         lines[row] = {
-            "parameters": sum(size for size, _ in sizes) or np.nan,
-            "trained": sum(size for size, trained in sizes if trained) or np.nan,
+            "parameters": sum(n for n, _ in sizes) or np.nan, "trained": sum(n for n, on in sizes if on) or np.nan,
             "seconds an epoch": np.mean([entry["seconds"] for entry in result.curve]),
             f"CPU s for {len(users):,} users": np.median(own), "beside random": np.median(own / pair),
             "best validation": best, "after epochs": epochs,

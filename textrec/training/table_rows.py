@@ -9,7 +9,6 @@ published. Not brought back: pads that are trained to predict row 0, which then 
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -185,27 +184,30 @@ def _ranked(preset: TableRow, config, training, prepared, given, seed, folder, d
     return evaluate(fitted.model, prepared, "test"), fitted.curve, (fitted.tokens, fitted.cpu_s - fitted.here_cpu_s)
 
 
-def given_pair(folder: Path, start: RecFormer, texts: TextSet, rows: Path) -> tuple[Path, list[RowResult], list[str]]:
+def given_pair(
+    folder: Path, start: RecFormer, texts: TextSet, seed: int, rows: Path
+) -> tuple[Path, list[RowResult], list[str]]:
     """Return the file of M' and I' that the first stage of a row of notebook 03 left, the row, what a record tells.
 
-    The row is copied to the folder `rows`, with its ranks, where these are of the same users; else there is none.
-    Raises `InputError` where nothing was left, and where it began with other weights than `start` or read other items.
+    The row is given if it is of these users and this seed, its ranks kept in `rows`. Raises `InputError` if none fits.
     """
-    files, pair = [folder / name for name in ("row.json", "ranks.parquet")], folder / "stage1" / "best.safetensors"
-    if not all(each.is_file() for each in (*files, pair)):
+    row, ranks, pair = (folder / name for name in ("row.json", "ranks.parquet", "stage1/best.safetensors"))
+    if not all(each.is_file() for each in (row, ranks, pair)):
         raise InputError(f"{folder} holds no finetuned row: expected all that `textrec run 03` leaves, also weights")
-    stored = json.loads(files[0].read_text(encoding="utf-8"))
+    stored = json.loads(row.read_text(encoding="utf-8"))
+    key, result = stored["key"], stored["result"] | {"changed": "the text model itself, which reads each history"}
     for name, own in (("weights", weights_digest(start)), ("tokens", texts.identity["tokens"])):
-        if stored["key"][name] != own:
+        if key[name] != own:
             what = {"weights": "was finetuned from other weights", "tokens": "read other items"}[name]
-            raise InputError(f"{folder} {what}: its {name} are {stored['key'][name]}, expected {own}")
-    seed, run = stored["key"]["seed"], folder.parent.parent.parent.name
-    told = [f"the finetuned text model is the first stage of seed {seed} of {run}, and so in all seeds"]
-    if stored["key"]["fingerprint"] != texts.identity["fingerprint"]:
-        return pair, [], [*told, "the users whom the text model was finetuned on are another choice of this set's"]
+            raise InputError(f"{folder} {what}: its {name} are {key[name]}, expected {own}")
+    told = [f"the finetuned text model is the first stage of seed {key['seed']} of {folder.parent.parent.parent.name}"]
+    others = key["fingerprint"] != texts.identity["fingerprint"]
+    told += ["the users whom the text model was finetuned on are another choice of this set's"] * others
+    if others or key["seed"] != seed:  # one training is one sample, not one a seed
+        return pair, [], told
     (rows / folder.name).mkdir(parents=True, exist_ok=True)
-    ranks = [shutil.copy(each, rows / folder.name) for each in files][1]
-    return pair, [RowResult(**stored["result"], ranks=Ranks.load(ranks))], told
+    Ranks.load(ranks).save(rows / folder.name / ranks.name)
+    return pair, [RowResult(**result, ranks=Ranks.load(ranks))], told
 
 
 def text_encoders(
@@ -233,5 +235,4 @@ def text_tables(
 def embedder_table(name: str, prepared: PreparedSet, *, folder: Path, device: str = "cpu") -> Tensor:
     """Return the unit vectors (I + 1, E) that a text embedder (see `TextEncoder`) makes of the item texts."""
     texts = list(item_texts(item_attributes(prepared.catalogue)))
-    vectors = encoded(TextEncoder(name, device=device), texts, "document", folder=folder).vectors
-    return F.pad(vectors, (0, 0, 1, 0))
+    return F.pad(encoded(TextEncoder(name, device=device), texts, "document", folder=folder).vectors, (0, 0, 1, 0))
