@@ -47,7 +47,7 @@ def test_a_long_text_is_cut_to_its_beginning(folder, model):
 
 
 def test_log_likelihoods_are_sums_over_the_continuation(model):
-    prompts, ends = ["red", "a paint brush and", "red"], [" glue and paper", " Yes", " No"]
+    prompts, ends = ["red", "a paint brush and", "red", "red"], [" glue and paper", " Yes", " No", " Yes"]
     told = model.log_likelihood(prompts, ends)
     for prompt, end, found in zip(prompts, ends, told, strict=True):
         before = model.tokenizer(prompt)["input_ids"]
@@ -56,6 +56,17 @@ def test_log_likelihoods_are_sums_over_the_continuation(model):
             logits = model.model(torch.tensor([before + after])).logits[0].log_softmax(1)
         by_hand = sum(logits[len(before) - 1 + place, token].item() for place, token in enumerate(after))
         assert found == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_answers_of_one_token(model, monkeypatch):
+    ends = [model.tokenizer.decode([token]) for token in model.tokenizer("a", add_special_tokens=False)["input_ids"]]
+    ends = [ends[0], model.tokenizer.decode(model.tokenizer("b", add_special_tokens=False)["input_ids"][:1])]
+    assert len(set(ends)) == 2 and all(len(model._continuation(end)) == 1 for end in ends)
+    alone = [model.log_likelihood(["red glue"], [end]).item() for end in ends]
+    rows, honest = [], model._batches
+    monkeypatch.setattr(model, "_batches", lambda texts, side: rows.extend(texts) or honest(texts, side))
+    assert model.log_likelihood(["red glue"] * 2, ends).tolist() == pytest.approx(alone, abs=1e-5)
+    assert len(rows) == 1 and alone[0] != pytest.approx(alone[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,6 +9,7 @@ from study.invented import PROTOCOL, estimate, failed, ranks, record, row
 
 from textrec.evaluation.metrics import per_user_metrics
 from textrec.study import finetuning_figures as figures
+from textrec.study.figures import plot_ladder
 
 matplotlib.use("Agg")
 PAPER = "amazon-2018-Industrial_and_Scientific"
@@ -49,7 +50,7 @@ def test_rows_carry_both_rules_and_the_published_levels_of_the_papers_own_set_al
 
 def test_every_row_is_drawn_with_its_ring_its_diamonds_and_the_line_through_it():
     data = figures.row_data(group(), ["two_stage", "zero_shot", "no_pretraining"], lines=["sasrec_ce"])
-    figure = figures.plot_rows(data)
+    figure = plot_ladder(data)
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["two_stage", "zero_shot", "no_pretraining"]
     assert drawn(figure, "o") == pytest.approx([0.1, 0.05, 0.09, 0.045])  # a row and its ring
@@ -118,6 +119,9 @@ def test_an_arm_is_the_ratio_of_means_over_the_same_users_with_a_paired_interval
     assert random["low"] < random["value"] < random["high"] < 1.0
     nobody = [ranks(np.full(400, 50))]
     assert np.isnan(figures.paired_ratio(found["zero_shot"], nobody)["value"])
+    (unseen,), (tuned,) = found["zero_shot"], found["two_stage"]  # a second seed that one side lacks does not count
+    assert figures.paired_ratio([unseen, None], [tuned, unseen]) == figures.paired_ratio([unseen], [tuned])
+    assert np.isnan(figures.paired_ratio([None], [None])["value"])
 
 
 def test_arms_stand_in_one_order_in_all_panels_beside_a_line_at_the_first():

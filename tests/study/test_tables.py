@@ -186,6 +186,46 @@ def test_rows_of_a_sample_are_compared_on_the_sample(tmp_path, monkeypatch):
     assert frame.loc["listwise", "difference"] == pytest.approx(sum(gains) / 3)
 
 
+def kept(tmp_path, monkeypatch, rows):
+    """Two seeds of a run, whose rows have the ranks that are given by seed, or none."""
+    monkeypatch.setattr(tables.Record, "folder", property(lambda self: tmp_path / str(self.seed)))
+    for name, of_seeds in rows.items():
+        for seed, one in enumerate(of_seeds):
+            if one is not None:
+                (tmp_path / str(seed) / "rows" / name).mkdir(parents=True)
+                one.save(tmp_path / str(seed) / "rows" / name / "ranks.parquet")
+    values = {"sasrec_ce": (0.2, 0.4), "sasrec_bce": (0.1, None)}
+    return [
+        record([row(name, of[seed]) if of[seed] else failed(name) for name, of in values.items()], seed=seed)
+        for seed in (0, 1)
+    ]
+
+
+def test_a_row_of_one_seed_is_compared_on_that_seed(tmp_path, monkeypatch):
+    rows = {"sasrec_ce": [ranks(BETTER), ranks(WORSE)], "sasrec_bce": [ranks(WORSE), None]}
+    group = kept(tmp_path, monkeypatch, rows)
+    found = tables.ranks_at_hand(group)
+    assert [one is None for one in found["sasrec_bce"]] == [False, True]
+    line = tables.ablation_table(group, reference="sasrec_ce").set_index("row").loc["sasrec_bce"]
+    mean, low, high, _ = tables.paired_difference([ranks(WORSE)], [ranks(BETTER)], "ndcg@10")
+    assert (line["difference"], line["difference_low"], line["difference_high"]) == pytest.approx((mean, low, high))
+    without = tables.ablation_table(group, reference="sasrec_ce", ranks={}).set_index("row")
+    assert pandas.isna(without.loc["sasrec_bce", "difference"])  # .1 of one seed is not set against .3 of two
+
+
+def test_an_order_that_was_claimed_after_the_run_is_judged_from_the_ranks(tmp_path, monkeypatch):
+    rows = {"sasrec_ce": [ranks(BETTER), None], "sasrec_bce": [ranks(WORSE), None]}
+    group = kept(tmp_path, monkeypatch, rows)
+    judged = {e.verdict.claim.id: e for e in tables.judge_study(group, "laptop", {"order": CLAIMS["order"]})}
+    assert judged["order"].verdict.measured == pytest.approx(
+        tables.paired_difference([ranks(BETTER)], [ranks(WORSE)], "ndcg@10")[0]
+    )
+    told = [{"id": "order", "measured": 0.5, "low": 0.4, "high": 0.6}]
+    group[0] = dataclasses.replace(group[0], claims=told)  # what a record tells goes first
+    (entry,) = tables.judge_study(group, "laptop", {"order": CLAIMS["order"]})
+    assert entry.verdict.measured == 0.5
+
+
 def test_an_unknown_reference_row_is_an_error():
     with pytest.raises(InputError, match="reference row sasrec_cf is none of popularity, sasrec_ce"):
         ablation(reference="sasrec_cf", ranks={})

@@ -137,14 +137,18 @@ class TransformersModel:
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[str], continuations: Sequence[str]) -> np.ndarray:
-        found = np.zeros(len(prompts))
+        found, read = np.zeros(len(prompts)), {}
         ends = [self._continuation(text) for text in continuations]
-        rows = [self.tokenizer(prompt)["input_ids"] + end for prompt, end in zip(prompts, ends, strict=True)]
-        for part, tokens_BL, inputs in self._batches(rows, "left"):
-            kept = max(len(ends[row]) for row in part) + 1
-            logits_BLV = self.model(input_ids=tokens_BL, logits_to_keep=kept, **inputs).logits.float()
-            own_BL = logits_BLV[:, :-1].log_softmax(2).gather(2, tokens_BL[:, 1 - kept :, None])[..., 0]
-            found[part] = [own[len(own) - len(ends[row]) :].sum().item() for row, own in zip(part, own_BL, strict=True)]
+        for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):  # "... Yes" and "... No" are one reading
+            read.setdefault((*self.tokenizer(prompt)["input_ids"], *end[:-1]), []).append(row)
+        askers = list(read.values())
+        for part, tokens_BL, inputs in self._batches([list(text) for text in read], "left"):
+            kept = max(len(ends[row]) for place in part for row in askers[place])
+            logits_BLV = self.model(input_ids=tokens_BL, logits_to_keep=kept, **inputs).logits.float().log_softmax(2)
+            for place, logits_LV in zip(part, logits_BLV, strict=True):
+                for row in askers[place]:
+                    own_L = torch.tensor(ends[row], device=logits_LV.device)
+                    found[row] = logits_LV[kept - len(own_L) :].gather(1, own_L[:, None]).sum().item()
         return found
 
     def _continuation(self, text: str) -> list[int]:

@@ -21,33 +21,14 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8
 GREY = "#6B6B6B"
 CONTROLS = ("popularity", "last_item", "markov", "random", "random_vectors", "chance", "optimum")
 WIDTH = 7.2  # inches: a report column
-STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-    "svg.hashsalt": "textrec",
-    "svg.fonttype": "path",
-}
 
 
 @contextmanager
 def house_style():
     """Draw in the house style inside this block; what is drawn elsewhere keeps its own."""
-    import matplotlib
+    import matplotlib.style
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(Path(__file__).with_name("house.mplstyle")):
         yield
 
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from textrec.evaluation.metrics import per_user_metrics
 from textrec.evaluation.ranking import Ranks
 from textrec.evaluation.significance import bootstrap_interval
-from textrec.study.figures import GREY, PALETTE, WIDTH, colours, house_style, plot_ladder, published_levels
+from textrec.study.figures import GREY, PALETTE, WIDTH, colours, house_style, published_levels
 from textrec.study.records import Record, intervals
-from textrec.study.tables import merged_rows
+from textrec.study.tables import merged_rows, shared_seeds, user_values
 
 FREQUENCIES = ("cold_items", "rare_items", "middle_items", "popular_items")
 MARKERS = "osD^vP*X"
@@ -30,9 +29,6 @@ def row_data(group: Sequence[Record], rows: Sequence[str], lines: Sequence[str] 
     published = [marker for marker in published if marker["notebook"] == first.notebook]
     return {"dataset": first.dataset["name"], "metric": metric, "rows": [told[row] for row in rows],
             "lines": [told[row] for row in lines if "value" in told.get(row, {})], "published": published}  # fmt: skip
-
-
-plot_rows = plot_ladder
 
 
 def slice_data(group: Sequence[Record], rows: Sequence[str], metric: str = "ndcg@10") -> list[dict]:
@@ -90,10 +86,10 @@ def paired_ratio(first: Sequence[Ranks], second: Sequence[Ranks], metric: str = 
     """Return the mean of first over that of second, for the same users, seed by seed, with its 95 % interval.
 
     The interval is that of the ratio's linear part, the mean of first - ratio * second. Without any hit of second there
-    is no ratio: nan.
+    is no ratio: nan. Seeds that one side lacks do not count.
     """
-    ks = (int(metric.partition("@")[2] or 1),)
-    a_SU, b_SU = (np.stack([per_user_metrics(r.filtered, ks=ks)[metric] for r in side]) for side in (first, second))
+    sides = [*zip(*shared_seeds(first, second), strict=True)] or ((), ())
+    a_SU, b_SU = (np.array([user_values(ranks, metric) for ranks in side]) for side in sides)
     if not b_SU.any():
         return dict.fromkeys(("value", "low", "high"), float("nan"))
     ratio = a_SU.mean() / b_SU.mean()

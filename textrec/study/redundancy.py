@@ -19,6 +19,7 @@ from textrec.models.attention import BandedAttention, BandLayout
 from textrec.models.recformer import RecFormer
 from textrec.seeding import generator
 from textrec.study.records import intervals
+from textrec.study.tables import paired_difference
 from textrec.training.text_ranking import PACKED, TextSet, evaluating, text_ranks
 
 TABLES = ("word_table", "position_table", "type_table", "item_position_table", "embedding_norm")
@@ -182,7 +183,8 @@ def reduction_lines(
     """Return lines {row, x, value, low, high}: ndcg@10 of sampled test users with layers or heads taken away.
 
     Items and histories are encoded anew by each smaller model, without training it. As many of the first or last layers
-    go as `dropped` says, and as many of the least or most important heads as `pruned` does; x = "0" is the whole.
+    go as `dropped` says, and as many of the least or most important heads as `pruned` does; x = "0" is the whole, from
+    which the intervals of the others are those of the paired difference.
     """
     layers, heads = range(1, len(encoder.blocks) + 1), sorted(importance, key=importance.get)
     plans = {
@@ -192,10 +194,13 @@ def reduction_lines(
     users, _ = texts.prepared.split.targets("test")
     users = generator(seed, "analysed users").permutation(users)[:num_users]
 
-    def quality(smaller: RecFormer) -> dict[str, float]:
-        return intervals(text_ranks(smaller, texts, "test", users=users).filtered, (10,))["ndcg@10"]
+    ranks = text_ranks(encoder, texts, "test", users=users)
+    whole = intervals(ranks.filtered, (10,))["ndcg@10"]
 
-    whole = quality(encoder)
+    def quality(smaller: RecFormer) -> dict[str, float]:
+        beyond = paired_difference([text_ranks(smaller, texts, "test", users=users)], [ranks], "ndcg@10")
+        return {name: whole["value"] + part for name, part in zip(("value", "low", "high"), beyond, strict=False)}
+
     return {
         kind: [{"row": row, "x": "0"} | whole for row, _ in orders]
         + [{"row": row, "x": str(number)} | quality(take(encoder, gone[:number]))

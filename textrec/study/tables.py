@@ -116,7 +116,8 @@ def command(group: Sequence[Record]) -> str:
 def judge_study(records: Iterable[Record], scale: str, claims: Mapping[str, Claim] | None = None) -> list[Judged]:
     """Judge every claim that has a row once, over all seeds, from the records of one scale; statistics come last.
 
-    Levels are judged anew from the rows; an ordering takes its paired difference from the records' `claims`.
+    Levels are judged anew from the rows; an ordering takes its paired difference from the records' `claims`,
+    one that was claimed after them from the ranks at hand.
     """
     claims = load_claims() if claims is None else claims
     if scale == "smoke":
@@ -147,7 +148,12 @@ def _differences(group: Sequence[Record], claims: Mapping[str, Claim]) -> dict[t
             place = (claim.row, claim.over, claim.metric)
             found.setdefault(place, []).append(entry | {"value": entry["measured"]})
     combined = {place: combine(entries) for place, entries in found.items()}
-    return {place: (entry["value"], entry["low"], entry["high"]) for place, entry in combined.items()}
+    told = {place: (entry["value"], entry["low"], entry["high"]) for place, entry in combined.items()}
+    here = [(claim.row, claim.over, claim.metric) for claim in claims.values() if claim.kind == "ordering"
+            and (claim.notebook, claim.dataset) == (group[0].notebook, group[0].dataset["name"])]  # fmt: skip
+    ranks = ranks_at_hand(group) if {*here} - told.keys() else {}
+    return {(row, over, metric): paired_difference(ranks[row], ranks[over], metric)[:3] for row, over, metric in here
+            if shared_seeds(ranks.get(row), ranks.get(over))} | told  # fmt: skip
 
 
 def judge_run(run: Run, prepared: PreparedSet, rows: Sequence[Mapping], results: Iterable = ()) -> list[Verdict]:
@@ -167,19 +173,29 @@ def paired_difference(
 ) -> tuple[float, ...]:
     """Return (mean, low, high, p) of first minus second over the same users, seed by seed: 95 % and randomisation.
 
-    `rule` is one of `RULES`; the sampled one is its expectation.
+    `rule` is one of `RULES`; the sampled one is its expectation. Seeds that one side lacks (None) do not count.
     """
     from textrec.evaluation.significance import bootstrap_interval, paired_randomisation
 
+    first, second = zip(*shared_seeds(first, second), strict=True)
     for a, b in zip(first, second, strict=True):
         if not (np.array_equal(a.users_U, b.users_U) and np.array_equal(a.targets_U, b.targets_U)):
             raise InputError("two rows rank different users or targets; a paired difference needs the same")
-    a_SU, b_SU = (np.stack([_per_user(ranks, metric, rule) for ranks in side]) for side in (first, second))
+    a_SU, b_SU = (np.stack([user_values(ranks, metric, rule) for ranks in side]) for side in (first, second))
     low, high = bootstrap_interval(a_SU - b_SU)
     return float((a_SU - b_SU).mean()), float(low), float(high), float(paired_randomisation(a_SU, b_SU))
 
 
-def _per_user(ranks: Ranks, metric: str, rule: str) -> np.ndarray:
+def shared_seeds(
+    first: Sequence[Ranks | None] | None, second: Sequence[Ranks | None] | None
+) -> list[tuple[Ranks, Ranks]]:
+    """Return the ranks of two rows for the seeds that both have; none where a row has none at all."""
+    both = zip(first, second, strict=True) if first and second else ()
+    return [(a, b) for a, b in both if a is not None and b is not None]
+
+
+def user_values(ranks: Ranks, metric: str, rule: str = RULES[0]) -> np.ndarray:
+    """Return the metric of each user under one of `RULES`."""
     from textrec.evaluation.conventions import expected_sampled_metrics
     from textrec.evaluation.metrics import per_user_metrics
 
@@ -189,20 +205,21 @@ def _per_user(ranks: Ranks, metric: str, rule: str) -> np.ndarray:
     return per_user_metrics({RULES[0]: ranks.filtered, RULES[1]: ranks.kept}[rule], ks=ks)[metric]
 
 
-def ranks_at_hand(group: Sequence[Record]) -> dict[str, list[Ranks]]:
-    """Return per row the ranks of all seeds that lie in the run folders; rows without all of them are left out.
+def ranks_at_hand(group: Sequence[Record]) -> dict[str, list[Ranks | None]]:
+    """Return per row the ranks by seed that lie in the run folders, None where a seed has none; rows without any lack.
 
     They are of the users whom all rows of a run rank: one that asks a sample is compared on that sample.
     """
-    found: dict[str, list[Ranks]] = {}
+    found: dict[str, list[Ranks | None]] = {}
     for name in dict.fromkeys(row["row"] for record in group for row in record.rows):
         files = [record.folder / "rows" / name / "ranks.parquet" for record in group]
-        if all(path.is_file() for path in files):
-            found[name] = [Ranks.load(path) for path in files]
+        if any(path.is_file() for path in files):
+            found[name] = [Ranks.load(path) if path.is_file() else None for path in files]
     for seed in range(len(group) if found else 0):
-        shared = reduce(np.intersect1d, (ranks[seed].users_U for ranks in found.values()))
-        for ranks in found.values():
-            ranks[seed] = ranks[seed].subset(np.isin(ranks[seed].users_U, shared))
+        here = {name: ranks[seed] for name, ranks in found.items() if ranks[seed] is not None}
+        shared = reduce(np.intersect1d, (ranks.users_U for ranks in here.values())) if here else ()
+        for name, ranks in here.items():
+            found[name][seed] = ranks.subset(np.isin(ranks.users_U, shared))
     return found
 
 
@@ -211,7 +228,8 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
     """Return a frame of one run label: row, changed, value, interval, difference from the reference row, status, cost.
 
     The reference is the row whose `changed` begins with "reference", or the first. Where the ranks of both are at hand
-    the difference is paired over users, with its interval and a p-value corrected by Holm over the table.
+    the difference is paired over users and the seeds that both have, with its interval and a p-value corrected by Holm
+    over the table; else it is that of the values, if these are of the same seeds.
     """
     import pandas
 
@@ -225,12 +243,13 @@ def ablation_table(group: Sequence[Record], metric: str = "ndcg@10", *, referenc
         raise InputError(f"reference row {reference} is none of {', '.join(known)}")
     ranks = ranks_at_hand(group) if ranks is None else ranks
     paired = {name: paired_difference(ranks[name], ranks[reference], metric)
-              for name in known if name != reference and {name, reference} <= ranks.keys()}  # fmt: skip
+              for name in known if name != reference and shared_seeds(*map(ranks.get, (name, reference)))}  # fmt: skip
     corrected = dict(zip(paired, holm([p for *_, p in paired.values()]), strict=True))
     lines = []
     for name, row in known.items():
         measured, base = (known[key]["metrics"].get(metric, {}) for key in (name, reference))
-        difference = measured["value"] - base["value"] if measured and base and name != reference else None
+        alike = name != reference and row["seeds"] == known[reference]["seeds"]
+        difference = measured["value"] - base["value"] if measured and base and alike else None
         mean, low, high, _ = paired.get(name, (difference, None, None, None))
         lines.append({
             "row": name, "changed": row["changed"], "status": row["reason"] or row["status"],

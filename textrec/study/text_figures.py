@@ -1,7 +1,6 @@
 """Figures of the text models' notebooks in the house style of `figures.py`, and what was expected of their runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from textrec.evaluation.ranking import Counts, Ranks
 from textrec.study.claims import PLUMBING
 from textrec.study.figures import GREY, PALETTE, WIDTH, house_style
 from textrec.study.records import Record, Run
-from textrec.study.tables import paired_difference
+from textrec.study.tables import paired_difference, ranks_at_hand, shared_seeds
 
 
 def expectation_table(run: Run, expected: Mapping[str, tuple[float, float, float]]):
@@ -35,11 +34,9 @@ def seed_differences(
 
     A pair of which no seed has both rows is left out; `among` picks the users that count, without any there is no pair.
     """
-    found = {}
+    found, ranks = {}, ranks_at_hand(group)
     for pair in pairs:
-        files = ([record.folder / "rows" / name / "ranks.parquet" for name in pair] for record in group)
-        loaded = (map(among, map(Ranks.load, both)) for both in files if all(map(Path.is_file, both)))
-        sides = [*zip(*loaded, strict=True)]
+        sides = [list(map(among, side)) for side in zip(*shared_seeds(*map(ranks.get, pair)), strict=True)]
         if sides and all(len(ranks.users_U) for ranks in sides[0]):
             seeds = f"{len(sides[0])} seed{'s' * (len(sides[0]) > 1)}"
             found[f"{' over '.join(pair)}, {seeds}"] = paired_difference(*sides, metric)[:3]

@@ -284,10 +284,12 @@ def with_permuted_words(encoder: nn.Module, seed: int) -> nn.Module:
 
 
 def with_random(encoder: RecFormer, part: str, seed: int) -> RecFormer:
-    """Return a copy of which a part (word_table, blocks) is drawn anew, not as the seed begins a training."""
+    """Return a copy of which a part (word_table, blocks) is drawn anew, each matrix as spread as the one before it."""
     drawn = copy.deepcopy(encoder)
     torch.manual_seed(derive_seed(seed, "random", part))
-    drawn.get_submodule(part).load_state_dict(RecFormer(encoder.config).get_submodule(part).state_dict())
+    own, anew = (each.get_submodule(part).state_dict() for each in (drawn, RecFormer(encoder.config)))
+    scaled = {name: new * (own[name].std() / new.std()) if new.dim() > 1 else new for name, new in anew.items()}
+    drawn.get_submodule(part).load_state_dict(scaled)
     return drawn
 
 

@@ -11,16 +11,17 @@ from textrec.data.sources.synthetic import (
     SyntheticConfig,
     SyntheticSet,
     Truth,
-    elapsed_time_corpus,
     expected_metrics,
     generate,
     next_probabilities,
-    order2_markov,
     read,
     test_probabilities,
 )
 from textrec.schema import InputError
 
+NO_SIGNAL = SyntheticConfig(
+    num_cold_items=0, num_clusters=1, order_strength=0, text_strength=0, time_strength=0, cold_share=0, repeats=True
+)
 TOY_TRUTH = Truth(  # items 1..6 as columns 0..5; item 6 is cold
     cluster_I=np.array([0, 0, 0, 1, 1, 0]),
     cold_I=np.array([False, False, False, False, False, True]),
@@ -153,6 +154,23 @@ def test_nobody_learns_the_unlearnable_twin():
         assert made.optimum[reader]["filtered"]["recall@10"].value == pytest.approx(np.mean(10 / candidates))
     level = made.optimum["chance"]["filtered"]["recall@10"]
     assert hit_rate(made, transition_scores(made), 10) <= level.value + 3 * level.standard_error
+
+
+def order2_markov(
+    num_users: int, *, num_items: int = 50, strength: float = 0.9, length: int = 50, seed: int = 0
+) -> SyntheticSet:
+    """Generate histories whose next item the last two determine with probability `strength`; no other signal."""
+    size = {"num_users": num_users, "num_items": num_items, "min_length": length, "max_length": length}
+    return generate(replace(NO_SIGNAL, **size, order=2, order_strength=strength, seed=seed))
+
+
+def elapsed_time_corpus(
+    num_users: int, *, num_buckets: int = 8, strength: float = 0.9, length: int = 50, gap: str = "target", seed: int = 0
+) -> SyntheticSet:
+    """Generate histories over one item per bucket of elapsed time; the bucket names the next item with `strength`."""
+    size = {"num_users": num_users, "num_items": num_buckets, "min_length": length, "max_length": length}
+    planted = {"time_strength": strength, "time_gap": gap, "num_time_buckets": num_buckets}
+    return generate(replace(NO_SIGNAL, **size, **planted, seed=seed))
 
 
 def test_order_2_needs_the_last_two_items_in_order():

@@ -85,11 +85,6 @@ class SyntheticConfig:
                 raise InputError(f"the synthetic set cannot be made: {message}")
 
 
-NO_SIGNAL = SyntheticConfig(
-    num_cold_items=0, num_clusters=1, order_strength=0, text_strength=0, time_strength=0, cold_share=0, repeats=True
-)
-
-
 class Level(NamedTuple):
     """An expected metric, and the standard error of its mean over one draw of these users' targets (ties broken)."""
 
@@ -183,23 +178,6 @@ def read(connection, files: Mapping[str, Path], **options) -> Tables:
     connection.register("synthetic_items", made.items())
     interactions = "SELECT user, item, time, rating FROM synthetic_interactions"
     return Tables(interactions=interactions, items="SELECT * FROM synthetic_items")
-
-
-def order2_markov(
-    num_users: int, *, num_items: int = 50, strength: float = 0.9, length: int = 50, seed: int = 0
-) -> SyntheticSet:
-    """Generate histories whose next item the last two determine with probability `strength`; no other signal."""
-    size = {"num_users": num_users, "num_items": num_items, "min_length": length, "max_length": length}
-    return generate(replace(NO_SIGNAL, **size, order=2, order_strength=strength, seed=seed))
-
-
-def elapsed_time_corpus(
-    num_users: int, *, num_buckets: int = 8, strength: float = 0.9, length: int = 50, gap: str = "target", seed: int = 0
-) -> SyntheticSet:
-    """Generate histories over one item per bucket of elapsed time; the bucket names the next item with `strength`."""
-    size = {"num_users": num_users, "num_items": num_buckets, "min_length": length, "max_length": length}
-    planted = {"time_strength": strength, "time_gap": gap, "num_time_buckets": num_buckets}
-    return generate(replace(NO_SIGNAL, **size, **planted, seed=seed))
 
 
 def generate(config: SyntheticConfig) -> SyntheticSet:
