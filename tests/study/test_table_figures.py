@@ -79,6 +79,15 @@ def test_a_row_differs_from_the_random_one_of_its_model_and_others_come_last():
     assert differences[["sasrec_random", "bert4rec_random"]].isna().all()
 
 
+def test_a_row_on_rare_targets_whose_habits_no_random_row_has_differs_from_nothing():
+    told = record([row(name, 0.1 + 0.1 * place, changed="reference" if "random" in name else "other")
+                   for place, name in enumerate(("sasrec_random", "sasrec_finetuned_faithful",
+                                                 "sasrec_finetuned_faithful_rare_targets"))])  # fmt: skip
+    differences = table_figures.paired_tables([told], ranks={}).set_index("row")["difference"]
+    assert differences["sasrec_finetuned_faithful"] == pytest.approx(0.1)
+    assert np.isnan(differences["sasrec_finetuned_faithful_rare_targets"])  # .3 of other targets says nothing beside .1
+
+
 def test_narrow_rows_are_paired_with_the_narrow_random_one_and_faithful_rows_with_none():
     pairs = {"sasrec_narrow_pca": "sasrec_narrow", "sasrec_narrow": "sasrec_narrow", "sasrec_ce": None,
              "bert4rec_finetuned": "bert4rec_random", "sasrec_finetuned_faithful": None}  # fmt: skip

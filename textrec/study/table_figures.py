@@ -61,7 +61,9 @@ def paired_tables(group: Sequence[Record], metric: str = "ndcg@10", *, ranks: Ma
             frame = ablation_table(group, metric, reference=reference, ranks=own)
             frames.append(frame[[_pair_of(row) == reference for row in frame["row"]]])
     rest = {row: given for row, given in ranks.items() if not row.endswith(SEEN_RARELY)}
-    frames.append(ablation_table(group, metric, ranks=rest))
+    last = ablation_table(group, metric, ranks=rest)
+    last.loc[last["row"].str.endswith(SEEN_RARELY), "difference"] = np.nan  # their pair is of other targets
+    frames.append(last)
     return pandas.concat(frames).drop_duplicates("row", ignore_index=True)
 
 
